@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Makes the environment if it is missing, then checks format, types and behaviour. What follows goes to pytest;
+# --all adds the slow tests.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+make_environment test
+cd "$ROOT"
+select=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    shift
+    select=()
+fi
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "${select[@]}" "$@"

@@ -1,0 +1,316 @@
+"""The command line. Standard library only at import; no command imports more than it needs: --help answers at once."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from qvq_serve import __version__
+from qvq_serve.errors import QvqError, UsageError, nearest
+from qvq_serve.profile import NAMES, OPTIONS, flag, option_type, variable
+
+if TYPE_CHECKING:
+    from qvq_serve.gpu import Gpu
+    from qvq_serve.profile import Resolved
+
+EPILOG = (
+    "precedence: flag > QVQ_* variable (--max-images is QVQ_MAX_IMAGES) > --config file > --profile > default.\n"
+    "What follows -- goes to vLLM unchanged: qvq-serve --tp 4 -- --max-num-seqs 64"
+)
+CHOOSES_MODEL = ("model", "tp", "pp", "quantization")
+"""Whoever gives one of these has chosen what to serve; otherwise the machine's GPUs choose a profile."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors that name the nearest known flag and do not print the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split(": ", 1)[1].split()[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UsageError(f"unknown argument '{unknown}'.{nearest(unknown, known)} `{self.prog} --help` lists them.")
+        raise UsageError(f"{message}.")
+
+
+def server_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is served: Profile's fields, and the files that give them."""
+    parser.add_argument("--profile", metavar="NAME", help="settings of launch/profiles; `--profile list` lists them")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings like a profile's")
+    parser.add_argument("--demo", action="store_true", help="serve the built-in demo model: --profile demo")
+    for option in OPTIONS:
+        kind = option_type(option.name)
+        metavar = option.metadata["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
+        default = "" if option.default is None or option.name == "system_prompt" else f" (default {option.default})"
+        text = (option.metadata["help"] + default).replace("%", "%%")
+        parser.add_argument(flag(option.name), dest=option.name, metavar=metavar, help=text)
+    parser.add_argument("--print-config", action="store_true", help="print each value with its source, and stop")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `qvq-serve`, and those of its commands by name."""
+    parser = Parser(
+        prog="qvq-serve",
+        description="Serve QVQ-72B-Preview on vLLM.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qvq-serve {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    made = {}
+
+    def add(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Parser:
+        made[name] = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=EPILOG,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made[name].set_defaults(run=run)
+        made[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return made[name]
+
+    serve = add("serve", "start the server (implied: `qvq-serve --tp 4`)", run_serve)
+    server_flags(serve)
+    serve.add_argument("--dry-run", action="store_true", help="print what vLLM would be given, and start nothing")
+
+    server_flags(add("check", "refuse what cannot work on this machine, before the minutes of loading", run_check))
+
+    download = add(
+        "download", "bring a model's weights from ModelScope or Hugging Face: resumable, verified", run_download
+    )
+    download.add_argument("--model", default="qvq-72b", metavar="NAME", help="known name (default qvq-72b)")
+    download.add_argument("--source", choices=("modelscope", "huggingface"), help="default: the first that has it")
+    download.add_argument("--to", metavar="DIR", help="where to put it (default: where --model NAME looks for it)")
+
+    ask = add("ask", "ask a running server one question, streamed: reasoning dimmed, answer bright", run_ask)
+    ask.add_argument("images", nargs="*", metavar="IMAGE", help="files or https URLs")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
+    ask.add_argument("--api-key", metavar="KEY", help="the server's key; or QVQ_API_KEY")
+    ask.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="output tokens (default %(default)s)")
+    return parser, made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. An error is one or two lines on stderr."""
+    if argv is None:
+        hide_key()
+        argv = sys.argv[1:]
+    arguments, _, vllm = split(list(argv))
+    debug = "--debug" in arguments
+    try:
+        return dispatch(arguments, tuple(vllm))
+    except QvqError as error:
+        if debug:
+            raise
+        print(f"qvq-serve: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("qvq-serve: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
+    """Our arguments, whether there is a `--`, and what follows it."""
+    if "--" not in argv:
+        return argv, False, []
+    at = argv.index("--")
+    return argv[:at], True, argv[at + 1 :]
+
+
+def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
+    """Parse and run one command; `serve` where none is named."""
+    parser, commands = build_parser()
+    first = arguments[0] if arguments else "--"
+    if first not in commands and first not in ("-h", "--help", "--version"):
+        if not first.startswith("-"):
+            raise UsageError(f"unknown command '{first}'.{nearest(first, commands)} Known: {', '.join(commands)}.")
+        arguments = ["serve", *arguments]
+    if not arguments or arguments[0] not in commands:
+        parser.parse_args(arguments)
+    known = commands[arguments[0]].parse_args(arguments[1:])
+    if vllm and arguments[0] not in ("serve", "check"):
+        raise UsageError(f"`qvq-serve {arguments[0]}` starts no vLLM, so nothing can follow --.")
+    known.vllm = vllm
+    run: Callable[[argparse.Namespace], int] = known.run
+    return run(known)
+
+
+def hide_key() -> None:
+    """A key on the command line is in every process list: hand it to ourselves in the environment, and start again."""
+    line = sys.orig_argv[1:]
+    for at, argument in enumerate(line):
+        if argument == "--":
+            return
+        if argument == "--api-key" and at + 1 < len(line):
+            key, rest = line[at + 1], line[:at] + line[at + 2 :]
+        elif argument.startswith("--api-key="):
+            key, rest = argument.partition("=")[2], line[:at] + line[at + 1 :]
+        else:
+            continue
+        os.execve(sys.executable, [sys.executable, *rest], os.environ | {variable("api_key"): key})
+
+
+def chosen(arguments: argparse.Namespace) -> tuple["Resolved", list["Gpu"]]:
+    """The profile that flags, variables, files and, where nothing says what to serve, this machine's GPUs make."""
+    from pathlib import Path
+
+    from qvq_serve.gpu import visible_gpus
+    from qvq_serve.profile import read_profile, resolve, shipped_profile
+
+    name = arguments.profile or os.environ.get("QVQ_PROFILE")
+    if arguments.demo and name not in (None, "demo"):
+        raise UsageError(f"--demo and --profile {name} are both given; leave one of them out.")
+    given = {name: getattr(arguments, name) for name in NAMES if getattr(arguments, name) is not None}
+    gpus = visible_gpus()
+    if arguments.demo:
+        name = "demo"
+    elif (
+        not name
+        and not arguments.config
+        and not any(key in given or variable(key) in os.environ for key in CHOOSES_MODEL)
+    ):
+        name = fitting(gpus)
+    files = [shipped_profile(name)] if name else []
+    if arguments.config:
+        files.append(read_profile(Path(arguments.config)))
+    warn_of_variables()
+    return resolve(given, os.environ, tuple(files), arguments.vllm), gpus
+
+
+def fitting(gpus: list["Gpu"]) -> str:
+    """The name of the profile for these GPUs, said on stderr. Raises UsageError where none is made for them."""
+    from qvq_serve.profile import shipped_profiles
+
+    if not gpus:
+        say("no NVIDIA GPU is visible, so this serves the built-in demo model; --help says how to serve QVQ")
+        return "demo"
+    least = min(gpu.memory_gib for gpu in gpus)
+    fits = [p for p in shipped_profiles().values() if 0 < p.hardware.gpus <= len(gpus) and p.hardware.gpu_gib <= least]
+    if not fits:
+        raise UsageError(
+            f"no profile is made for {len(gpus)} x {gpus[0].name} ({least:.0f} GiB); choose with --profile, --model "
+            "and --tp (`qvq-serve --profile list`), or `qvq-serve --demo`."
+        )
+    # All the weights' precision that fits, then all the GPUs, then the profile made for the larger card.
+    best = max(
+        fits, key=lambda p: (p.name.endswith("bf16"), p.name.endswith("fp8"), p.hardware.gpus, p.hardware.gpu_gib)
+    )
+    say(f"--profile {best.name} is chosen for {len(gpus)} x {gpus[0].name}: {best.description}")
+    return best.name
+
+
+def warn_of_variables() -> None:
+    """A QVQ_* variable that nothing reads is likely a slip; Kubernetes sets some too, so it is no error."""
+    known = [variable(name) for name in NAMES] + [
+        "QVQ_PROFILE",
+        "QVQ_CACHE",
+        "QVQ_TORCH_INDEX",
+        "QVQ_PYTHON",
+        "QVQ_EXTRA",
+    ]
+    for name in os.environ:
+        if name.startswith("QVQ_") and name not in known:
+            say(f"the variable {name} is not known, and ignored.{nearest(name, known)}")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, apart from what a command prints."""
+    print(f"qvq-serve: {text}", file=sys.stderr, flush=True)
+
+
+def print_profiles() -> int:
+    """The shipped profiles, each with what it was made for, and whether it was run."""
+    from qvq_serve.profile import shipped_profiles
+
+    for name, file in shipped_profiles().items():
+        needs = f"{file.hardware.gpus} x {file.hardware.name}" if file.hardware.gpus else "no GPU"
+        proof = f"verified: {file.verified}" if file.verified else "untested"
+        print(f"{name:22}{needs:16}{proof:10}  {file.description}")
+    return 0
+
+
+def print_config(resolved: "Resolved") -> int:
+    """Each value with its source; a secret only as given or not."""
+    for option in OPTIONS:
+        value = getattr(resolved.profile, option.name)
+        shown = "(given)" if option.metadata["secret"] and value is not None else repr(value)
+        print(f"{option.name:24}{shown:40}  {resolved.sources[option.name]}")
+    print(f"{'vllm':24}{' '.join(resolved.profile.vllm)}")
+    return 0
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """`serve`: choose, refuse what cannot be, bring what is missing, and serve until told to stop."""
+    if arguments.profile == "list":
+        return print_profiles()
+    resolved, gpus = chosen(arguments)
+    if arguments.print_config:
+        return print_config(resolved)
+    from qvq_serve import demo, engine, preflight
+    from qvq_serve.model import DEMO, KNOWN, locate, missing_files
+
+    profile = resolved.profile
+    if arguments.dry_run:
+        preflight.check_usage(profile)
+        # Where this machine has no GPU, a model that needs them is shown as on one that has.
+        print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN)))
+        return 0
+    preflight.check_usage(profile)
+    preflight.check_gpus(resolved, gpus)
+    preflight.check_port(profile)
+    launch = engine.command(profile, gpus=len(gpus))
+    if profile.model == DEMO:
+        demo.ensure()
+    elif profile.model in KNOWN and missing_files(locate(profile.model)):
+        from qvq_serve.download import download
+
+        download(profile.model)
+    preflight.check_start(resolved, gpus)
+    logging.basicConfig(level=logging.INFO, format="qvq-serve: %(message)s")
+    for name, reason in launch.reasons.items():
+        say(f"{name}: {reason}")
+    if profile.host not in ("127.0.0.1", "localhost", "::1") and not launch.secrets:
+        say(f"--host {profile.host} is open to the network, and no --api-key is set")
+    say(f"starting {engine.served_name(profile)} at http://{profile.host}:{profile.port}/v1")
+    engine.run(launch)
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`check`: all that a start would refuse; exit code 0 where it would go on to load."""
+    if arguments.profile == "list":
+        return print_profiles()
+    resolved, gpus = chosen(arguments)
+    if arguments.print_config:
+        return print_config(resolved)
+    from qvq_serve import engine, preflight
+
+    preflight.check_start(resolved, gpus)
+    engine.command(resolved.profile, gpus=len(gpus))
+    print("nothing stands against a start")
+    return 0
+
+
+def run_download(arguments: argparse.Namespace) -> int:
+    """`download`: weights onto this disk; the last line is the directory."""
+    from qvq_serve.download import download
+
+    print(download(arguments.model, arguments.source, arguments.to))
+    return 0
+
+
+def run_ask(arguments: argparse.Namespace) -> int:
+    """`ask`: one question, streamed to the terminal."""
+    from qvq_serve.ask import ask
+
+    key = arguments.api_key or os.environ.get(variable("api_key"))
+    ask(arguments.url, arguments.images, arguments.question, api_key=key, max_tokens=arguments.max_tokens)
+    return 0

@@ -1,0 +1,164 @@
+"""A model's files onto this disk, by the hubs' own libraries: space checked first, resumed, hashes checked."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvq_serve.errors import QvqError, StartError, UsageError, nearest
+from qvq_serve.gpu import GIB
+from qvq_serve.model import KNOWN, locate, missing_files
+
+BLOCK_BYTES = 8 * 2**20
+SPARE_BYTES = GIB
+"""Left free on the disk beside the model."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size in bytes, and, where we check it, its hash (git's "sha1" for a small file)."""
+
+    path: str
+    size: int
+    algorithm: str = "sha256"
+    digest: str | None = None
+
+
+def download(model: str, source: str | None = None, to: str | None = None) -> Path:
+    """Bring a known model into a directory that `--model DIR` serves, and return it.
+
+    Raises UsageError for an unknown model or source, StartError where space, network or content fail; running it again
+    goes on from there.
+    """
+    if model not in KNOWN:
+        raise UsageError(
+            f"--model {model}: only a known model can be downloaded.{nearest(model, KNOWN)} Known: {', '.join(KNOWN)}."
+        )
+    known = KNOWN[model]
+    source = source or known.sources[0]
+    if source not in known.sources:
+        raise UsageError(f"--source {source}: {known.repo} is on {', '.join(known.sources)}.")
+    target = Path(to) if to else locate(model)
+    list_files, fetch = SOURCES[source]
+    try:
+        files = list_files(known.repo)
+        check_space(target, files)
+        target.mkdir(parents=True, exist_ok=True)
+        fetch(known.repo, target, files)
+    except QvqError:
+        raise
+    except OSError as error:  # requests' and the hubs' network errors are OSErrors too
+        raise StartError(f"{known.repo} from {source} to {target}: {reason(error)}. {AGAIN}") from None
+    except Exception as error:
+        failed = getattr(error, "failed_files", None) or {}
+        details = "; ".join(f"{path}: {reason(cause)}" for path, cause in list(failed.items())[:3]) or reason(error)
+        raise StartError(f"{known.repo} from {source} to {target}: {details}. {AGAIN}") from None
+    if lacking := missing_files(target):
+        raise StartError(f"{known.repo} from {source} has no {', '.join(lacking[:3])}; {target} cannot be served.")
+    return target
+
+
+AGAIN = "What has come is kept; the same command goes on from there."
+
+
+def reason(error: BaseException) -> str:
+    """An error's text on one line, short enough for a terminal."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def check_space(target: Path, files: list[RemoteFile]) -> None:
+    """Raises StartError where the disk cannot hold what is still to come."""
+    present = [target / f.path for f in files]
+    missing = sum(
+        f.size for f, path in zip(files, present, strict=True) if not path.is_file() or path.stat().st_size != f.size
+    )
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if missing + SPARE_BYTES > free:
+        raise StartError(
+            f"{target} needs {(missing + SPARE_BYTES) / GIB:.1f} GiB for {len(files)} files, and its disk has "
+            f"{free / GIB:.1f} GiB free; make room, or name another place with --to or QVQ_CACHE."
+        )
+
+
+def list_modelscope(repo: str) -> list[RemoteFile]:
+    """The files of a ModelScope repository."""
+    from modelscope.hub.api import HubApi
+
+    files = HubApi().get_model_files(repo, recursive=True)
+    return [RemoteFile(f["Path"], int(f["Size"])) for f in files]  # directories too, of size 0
+
+
+def fetch_modelscope(repo: str, target: Path, files: list[RemoteFile]) -> None:
+    """ModelScope's own download: it resumes by range, checks each file's SHA-256, and retries."""
+    os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")  # its 1 h a file fails 4 GB at 1 MB/s
+    from modelscope.hub.callback import ProgressCallback
+    from modelscope.hub.snapshot_download import snapshot_download
+    from tqdm import tqdm
+
+    present = sum(f.size for f in files if (target / f.path).is_file())
+    with tqdm(total=sum(f.size for f in files), initial=present, unit="B", unit_scale=True, desc=repo) as bar:
+
+        class OnBar(ProgressCallback):  # type: ignore[misc]
+            """All files on one bar: bytes, rate and time left."""
+
+            def update(self, size: int) -> None:
+                bar.update(size)
+
+        snapshot_download(repo, local_dir=str(target), progress_callbacks=[OnBar])
+
+
+def list_huggingface(repo: str) -> list[RemoteFile]:
+    """The files of a Hugging Face repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    files = (f for f in HfApi().list_repo_tree(repo, recursive=True) if isinstance(f, RepoFile))
+    return [
+        RemoteFile(f.path, f.size, "sha256", f.lfs.sha256) if f.lfs else RemoteFile(f.path, f.size, "sha1", f.blob_id)
+        for f in files
+    ]
+
+
+def fetch_huggingface(repo: str, target: Path, files: list[RemoteFile]) -> None:
+    """Hugging Face's own download, which resumes and checks sizes; the hashes are checked here."""
+    from huggingface_hub import snapshot_download
+    from tqdm import tqdm
+
+    snapshot_download(repo, local_dir=target)
+    with ThreadPoolExecutor(4) as pool:
+        sound = tqdm(
+            pool.map(lambda f: is_sound(target / f.path, f), files), total=len(files), unit="file", desc="hashes"
+        )
+        bad = [f.path for f, good in zip(files, sound, strict=True) if not good]
+    for path in bad:
+        (target / path).unlink(missing_ok=True)
+    if bad:
+        raise StartError(
+            f"{', '.join(bad[:3])} came with another hash than {repo} lists, and was removed; run it again."
+        )
+
+
+def is_sound(path: Path, file: RemoteFile) -> bool:
+    """Whether a local file has the size and hash that its repository lists."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    digest = hashlib.new(file.algorithm)
+    if file.algorithm == "sha1":  # git hashes a header before the content
+        digest.update(b"blob %d\0" % file.size)
+    with path.open("rb") as content:
+        while block := content.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest() == file.digest
+
+
+List = Callable[[str], list[RemoteFile]]
+Fetch = Callable[[str, Path, list[RemoteFile]], None]
+SOURCES: dict[str, tuple[List, Fetch]] = {
+    "modelscope": (list_modelscope, fetch_modelscope),
+    "huggingface": (list_huggingface, fetch_huggingface),
+}

@@ -1,0 +1,204 @@
+"""Profile -> environment and argv of `vllm serve` -> vLLM's own parser -> vLLM's own server, in this process.
+
+Everything down to `run` is pure and imports no vLLM, so that --dry-run, check and the tests see what a start does.
+"""
+
+import json
+import logging
+import os
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qvq_serve import visual
+from qvq_serve.errors import QvqError, StartError, UsageError, nearest
+from qvq_serve.model import DEMO, KNOWN, locate
+from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
+
+log = logging.getLogger("qvq_serve")
+
+CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+CONNECTOR = "qvq"
+PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
+"""The profile as JSON, without the key, for the processes that vLLM starts. Not --additional-config, which vLLM hashes
+into its compile cache's key: a changed limit would compile again."""
+
+# vLLM's flags that are ours to set, and the flag of ours that sets each; short forms and synonyms as well.
+OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]} | {
+    "--model": "--model",
+    "-tp": "--tp",
+    "-pp": "--pp",
+    "-q": "--quantization",
+    "--served-model-name": "--served-model-name",
+    "--api-key": "--api-key",
+    "--config": "--config",
+    "--limit-mm-per-prompt": "--max-images",
+    "--mm-processor-kwargs": "--max-visual-tokens",
+    "--chat-template": "--system-prompt",
+    "--default-chat-template-kwargs": "--system-prompt",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a launch gives vLLM: environment variables, `vllm serve`'s arguments, and the reasons of derived ones."""
+
+    environment: dict[str, str]
+    argv: list[str]
+    reasons: dict[str, str]
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        """Shell lines that start the same server, each derived value with its reason; a key is never shown."""
+        lines = [f"# {name}: {reason}" for name, reason in self.reasons.items()]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        lines += [f"export {name}=...  # set, and not shown" for name in self.secrets]
+        return "\n".join([*lines, shlex.join(["vllm", "serve", *self.argv])])
+
+
+def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model_dir: Path | None = None) -> Command:
+    """The launch of a profile on a machine with `gpus` GPUs, or, with none, on the given cores of its CPU.
+
+    Raises UsageError where an argument after `--` is one of ours, or a CPU has fewer cores than workers.
+    """
+    refuse_owned(profile.vllm)
+    least, most = visual.pixels(profile.min_visual_tokens), visual.pixels(profile.max_visual_tokens)
+    limits = {"image": profile.max_images, "video": 0}
+    sizes = {"size": {"shortest_edge": least, "longest_edge": most}}
+    derived: list[tuple[str, Any, str]] = [
+        ("--served-model-name", served_name(profile), "the name that clients ask for"),
+        (
+            "--limit-mm-per-prompt",
+            limits,
+            f"{profile.max_images} images a request; no video, or vLLM would profile one of 16384 tokens",
+        ),
+        (
+            "--mm-processor-kwargs",
+            sizes,
+            f"{profile.min_visual_tokens} to {profile.max_visual_tokens} visual tokens an image, in pixels",
+        ),
+        ("--chat-template", str(CHAT_TEMPLATE), "QVQ's template, with the system prompt as a variable"),
+        (
+            "--default-chat-template-kwargs",
+            {"system_prompt": profile.system_prompt},
+            "added where a request brings no system message",
+        ),
+    ]
+    argv = [str(model_dir or locate(profile.model))]
+    for option in OPTIONS:
+        value = getattr(profile, option.name)
+        if option.metadata["vllm"] and value is not None:
+            argv += [option.metadata["vllm"], str(value)]
+    for name, value, _ in derived:
+        argv += [name, json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value]
+    reasons = {name: reason for name, _, reason in derived}
+
+    # The model is a local directory: nothing is asked of a hub, and nothing is reported to one.
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
+    reasons["VLLM_MEDIA_CONNECTOR"] = "our connector: image time limit, shapes and errors (qvq_serve/hooks/images.py)"
+    workers = profile.tp * profile.pp
+    if not gpus and workers > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
+        reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"
+    environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k != "api_key"})
+    key = profile.key()
+    return Command(environment, [*argv, *profile.vllm], reasons, {"VLLM_API_KEY": key} if key else {})
+
+
+def served_name(profile: Profile) -> str:
+    """The model's name in the API: as given, else the repository's of a known name, else the directory's."""
+    if profile.served_model_name:
+        return profile.served_model_name
+    if known := KNOWN.get(profile.model):
+        return known.repo
+    return "qvq-demo" if profile.model == DEMO else Path(profile.model).resolve().name
+
+
+def refuse_owned(arguments: tuple[str, ...]) -> None:
+    """Raises UsageError where vLLM's own arguments set what a flag of ours sets: two values would contradict."""
+    for argument in arguments:
+        name = argument_name(argument)
+        if name in OWNED:
+            raise UsageError(f"{name} after -- is set by qvq-serve's own {OWNED[name]}; give that instead.")
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"'{arguments[0]}' after --: vLLM's own flags are expected there; --model names the model.")
+
+
+def bind_threads(workers: int, cpus: list[int]) -> str:
+    """The cores of each CPU worker in vLLM's form: 2 workers on cores 0 to 3 -> "0,1|2,3".
+
+    Raises UsageError where there are fewer cores than workers.
+    """
+    if workers > len(cpus):
+        raise UsageError(f"--tp x --pp is {workers}, and this CPU has {len(cpus)} cores for them; lower it.")
+    share = len(cpus) // workers
+    return "|".join(",".join(map(str, cpus[i * share : (i + 1) * share])) for i in range(workers))
+
+
+def launched_profile() -> Profile:
+    """The profile of this server, in any process that vLLM started. Raises StartError outside of one."""
+    try:
+        values = json.loads(os.environ[PROFILE_VARIABLE])
+    except KeyError:
+        raise StartError(f"{PROFILE_VARIABLE} is not set: qvq-serve's plugin runs only in its own server.") from None
+    return Profile(**values | {"vllm": tuple(values["vllm"]), "api_key": None})
+
+
+def run(launch: Command) -> None:
+    """Serve until told to stop. Raises UsageError for arguments that vLLM refuses, StartError where it cannot start."""
+    for name in launch.environment.keys() & os.environ.keys():
+        log.info("%s=%s is set outside, and kept", name, os.environ[name])
+    os.environ.update(launch.environment | {k: os.environ[k] for k in KEEP if k in os.environ} | launch.secrets)
+    try:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+        from vllm.logger import configure_logging_from_args
+    except ImportError as error:
+        raise StartError(
+            f"vLLM cannot be imported ({error}); `bash launch/serve.sh` installs it, as does "
+            "pip install 'qvq-serve[gpu]' (or [cpu])."
+        ) from None
+    cli_env_setup()
+    arguments = make_arg_parser(_parser()).parse_args(launch.argv)
+    configure_logging_from_args(arguments)
+    validate_parsed_serve_args(arguments)
+    prove_plugin()
+    try:
+        ServeSubcommand.cmd(arguments)
+    except (QvqError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise StartError(f"vLLM stopped: {error or type(error).__name__}") from error
+
+
+KEEP = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")
+"""Variables of ours that give way to a value set outside."""
+
+
+def _parser() -> Any:
+    """vLLM's parser, with its message of 300 flags cut to the one that matters."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            hint = ""
+            if "unrecognized arguments: " in message:
+                hint = nearest(message.split("unrecognized arguments: ")[1].split()[0], self._option_string_actions)
+            raise UsageError(f"vLLM refuses its arguments: {message}.{hint}")
+
+    return Parser(prog="vllm serve")
+
+
+def prove_plugin() -> None:
+    """vLLM drops a plugin that fails with a log line; raises StartError where ours is not in."""
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if CONNECTOR not in MEDIA_CONNECTOR_REGISTRY.name2class:
+        raise StartError(
+            f"vLLM did not load the plugin 'qvq_serve' (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', '')}): add "
+            "qvq_serve to VLLM_PLUGINS, or install the package again."
+        )

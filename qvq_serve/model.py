@@ -1,0 +1,144 @@
+"""Where a model lies, and what its config.json says of its geometry."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvq_serve.errors import UsageError, nearest
+
+ARCHITECTURE = "Qwen2VLForConditionalGeneration"
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that is known by a short name: its repository, and the hubs that have it, the best one first."""
+
+    repo: str
+    sources: tuple[str, ...]
+
+
+KNOWN = {
+    "qvq-72b": KnownModel("Qwen/QVQ-72B-Preview", ("modelscope", "huggingface")),
+    # Four-bit AWQ with the MLP padded from 29568 to 29696, so that groups of 128 divide up to TP 8.
+    "qvq-72b-awq": KnownModel("kosbu/QVQ-72B-Preview-AWQ", ("huggingface",)),
+}
+
+
+def config_path(model: str) -> Path:
+    """The config.json of a model: of a known name or the demo the one that we carry, else the directory's own."""
+    if model in KNOWN or model == DEMO:
+        return Path(__file__).parent / "configs" / f"{model}.json"
+    return locate(model) / "config.json"
+
+
+def cache_dir() -> Path:
+    """The directory for weights and the demo model: QVQ_CACHE, else $XDG_CACHE_HOME/qvq-serve, else ~/.cache/…"""
+    if chosen := os.environ.get("QVQ_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvq-serve"
+
+
+def locate(model: str) -> Path:
+    """The directory of a model: of a known name, where `download` puts it; of the demo, where it is built.
+
+    Raises UsageError for what is neither a known name nor a directory.
+    """
+    if model == DEMO:
+        from qvq_serve.demo import directory
+
+        return directory()
+    if known := KNOWN.get(model):
+        return cache_dir() / "models" / known.repo
+    path = Path(model)
+    if path.is_dir():
+        return path
+    names = [*KNOWN, DEMO]
+    raise UsageError(
+        f"--model {model}: there is no such directory, and it is no known name.{nearest(model, names)} "
+        f"Known: {', '.join(names)}."
+    )
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """The numbers of a Qwen2-VL config.json that decide how a model can be split and served."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    vision_heads: int
+
+    @classmethod
+    def load(cls, model: str) -> "ModelGeometry":
+        """The geometry of a known name (from the config that we carry) or of a directory.
+
+        Raises UsageError where there is no config.json, or where it is not a Qwen2-VL model's.
+        """
+        path = config_path(model)
+        return cls.from_config(read_config(path), path)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], path: Path) -> "ModelGeometry":
+        """The geometry in a config as transformers 4 (flat) or 5 (`text_config`) writes it."""
+        text, vision = config.get("text_config", config), config.get("vision_config", {})
+        try:
+            return cls(
+                layers=text["num_hidden_layers"],
+                heads=text["num_attention_heads"],
+                kv_heads=text["num_key_value_heads"],
+                intermediate_size=text["intermediate_size"],
+                max_position_embeddings=text["max_position_embeddings"],
+                vision_heads=vision.get("num_heads", 16),  # 16: the default of Qwen2VLVisionConfig
+            )
+        except KeyError as missing:
+            raise UsageError(f"{path} lacks {missing}, which a Qwen2-VL model has.") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A Qwen2-VL config.json. Raises UsageError where it is missing, is no JSON, or is another model's."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path.parent} has no config.json, so it is no model directory. `qvq-serve download --to DIR` makes one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    found = config.get("architectures") if isinstance(config, dict) else None
+    if found != [ARCHITECTURE]:
+        raise UsageError(
+            f"{path} is of architecture {found}, and qvq-serve serves {ARCHITECTURE} (QVQ and Qwen2-VL) only."
+        )
+    return dict(config)
+
+
+def missing_files(directory: Path) -> list[str]:
+    """What a model directory lacks: config.json, tokenizer, or weight files that its index names."""
+    lacking = [
+        name
+        for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+        if not (directory / name).is_file()
+    ]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        lacking += [shard for shard in shards if not (directory / shard).is_file()]
+    elif not any(directory.glob("*.safetensors")):
+        lacking.append("*.safetensors")
+    return lacking
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of all weight files of a model directory."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def divisors(*numbers: int) -> Iterator[int]:
+    """The numbers from 1 up that divide all of `numbers`."""
+    return (n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers))

@@ -1,0 +1,273 @@
+"""One launch, described once: defaults, --help, QVQ_* variables and TOML keys all derive from Profile's fields.
+
+Precedence: flag > QVQ_* variable > --config file > --profile file > default. `--` passes the rest to vLLM.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from qvq_serve.errors import UsageError, nearest
+
+TUTORIAL_SYSTEM_PROMPT = (
+    "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
+)
+OPTION_TYPES = {int: "an integer", float: "a number", str: "text"}
+
+
+def option(
+    default: Any, help: str, *, metavar: str | None = None, vllm: str | None = None, secret: bool = False
+) -> Any:
+    """A field of Profile: its default, its line of --help, and vLLM's own flag where the value is simply passed on."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "vllm": vllm, "secret": secret})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One launch of the server. Raises UsageError where the values contradict each other."""
+
+    model: str = option("qvq-72b", "known name (qvq-72b, qvq-72b-awq, demo) or directory", metavar="NAME|DIR")
+    tp: int = option(1, "tensor parallelism: GPUs that share each layer", vllm="--tensor-parallel-size")
+    pp: int = option(1, "pipeline parallelism: groups of layers, one after another", vllm="--pipeline-parallel-size")
+    quantization: str | None = option(
+        None,
+        "weights: fp8_per_channel or fp8_per_tensor quantise BF16 weights at load; else the checkpoint's own",
+        metavar="NAME",
+        vllm="--quantization",
+    )
+    kv_cache_dtype: str = option(
+        "auto", "KV cache: auto (the model's type) or fp8", metavar="NAME", vllm="--kv-cache-dtype"
+    )
+    max_model_len: int = option(32_768, "context: tokens of prompt, images and output together", vllm="--max-model-len")
+    min_visual_tokens: int = option(256, "an image is enlarged to at least this many tokens of 28 x 28 px")
+    max_visual_tokens: int = option(1_280, "an image is reduced to at most this many tokens of 28 x 28 px")
+    max_images: int = option(4, "images in one request, at most")
+    gpu_memory_utilization: float = option(
+        0.92, "share of each GPU's memory that vLLM may take", vllm="--gpu-memory-utilization"
+    )
+    system_prompt: str = option(
+        TUTORIAL_SYSTEM_PROMPT, "added where a request brings no system message; empty for none", metavar="TEXT"
+    )
+    served_model_name: str | None = option(
+        None, "name in /v1/models (default: the repository's or directory's)", metavar="NAME"
+    )
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", vllm="--host")
+    port: int = option(8000, "port to listen on", vllm="--port")
+    api_key: str | None = option(None, "key that clients must send; never shown", metavar="KEY", secret=True)
+    api_key_file: str | None = option(None, "file whose first line is the key", metavar="FILE")
+    allowed_image_dir: str | None = option(
+        None,
+        "file:// images are read below this directory; without it, none are",
+        metavar="DIR",
+        vllm="--allowed-local-media-path",
+    )
+    image_timeout: float = option(10.0, "seconds in which an image URL must have been fetched", metavar="SECONDS")
+    vllm: tuple[str, ...] = field(default=(), metadata={})
+    """vLLM's own arguments: a file's [vllm] table, then what follows `--`."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("tp", 1), ("pp", 1), ("max_model_len", 1), ("min_visual_tokens", 1), ("max_images", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{flag(name)} {getattr(self, name)}: it must be at least {least}.")
+        if self.min_visual_tokens > self.max_visual_tokens:
+            raise UsageError(
+                f"--min-visual-tokens {self.min_visual_tokens} is above --max-visual-tokens {self.max_visual_tokens}; "
+                "lower the one or raise the other."
+            )
+        if self.max_visual_tokens >= self.max_model_len:
+            raise UsageError(
+                f"--max-visual-tokens {self.max_visual_tokens} leaves no room for text in --max-model-len "
+                f"{self.max_model_len}; lower the one or raise the other."
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                f"--gpu-memory-utilization {self.gpu_memory_utilization}: it is a share, above 0 and at most 1, "
+                "for example 0.92."
+            )
+        if not 0 < self.port < 65536:
+            raise UsageError(f"--port {self.port}: a port is a number from 1 to 65535, for example 8000.")
+        if self.image_timeout <= 0:
+            raise UsageError(f"--image-timeout {self.image_timeout}: it must be above 0 seconds.")
+        if self.api_key is not None and not self.api_key.strip():
+            raise UsageError("the API key is empty; give a key, or leave --api-key and QVQ_API_KEY out for none.")
+        if self.api_key is not None and self.api_key_file is not None:
+            raise UsageError("both an API key and --api-key-file are given; leave one of them out.")
+
+    def key(self) -> str | None:
+        """The API key, from where it was given; None for an open server. Raises UsageError for an unreadable file."""
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            lines = Path(self.api_key_file).read_text().splitlines()
+        except OSError as error:
+            raise UsageError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}.") from None
+        if not lines or not lines[0].strip():
+            raise UsageError(f"--api-key-file {self.api_key_file} has no key on its first line.")
+        return lines[0].strip()
+
+
+OPTIONS = [f for f in fields(Profile) if "help" in f.metadata]
+NAMES = [f.name for f in OPTIONS]
+
+
+def flag(name: str) -> str:
+    """The command line's flag of a field: max_images -> --max-images."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field: max_images -> QVQ_MAX_IMAGES."""
+    return "QVQ_" + name.upper()
+
+
+@cache
+def option_type(name: str) -> type:
+    """The type of a field's value: int, float or str (None, where it may be, is only a default)."""
+    hint = get_type_hints(Profile)[name]
+    kind: type = next((t for t in get_args(hint) if t is not type(None)), hint)
+    return kind
+
+
+def convert(name: str, text: str, given: str) -> Any:
+    """The value of a field from a flag's or a variable's text. Raises UsageError, naming `given`, where it is none."""
+    kind = option_type(name)
+    try:
+        return kind(text)
+    except ValueError:
+        hint = ""
+        if given.startswith("QVQ_") and "://" in text:  # Kubernetes sets QVQ_PORT for a Service that is named qvq
+            hint = " (Kubernetes sets such variables for a Service of that name: enableServiceLinks: false)"
+        raise UsageError(f"{given} is '{text}', and must be {OPTION_TYPES[kind]}{hint}.") from None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a profile was worked out for: how many GPUs, and of how many GiB each (0 GPUs: a CPU will do)."""
+
+    gpus: int = 0
+    gpu_gib: float = 0.0
+    name: str = "CPU"
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """A TOML file of launch settings: Profile's fields as keys, [vllm] for vLLM's own, [hardware] for what it needs."""
+
+    name: str
+    path: Path
+    description: str
+    verified: str | None
+    hardware: Hardware
+    values: dict[str, Any]
+    vllm: dict[str, Any]
+
+
+def read_profile(path: Path) -> ProfileFile:
+    """A profile file. Raises UsageError for a file that cannot be read, an unknown key, or a value of another type."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.") from None
+    about = {
+        key: table.pop(key, default)
+        for key, default in (("description", ""), ("verified", None), ("hardware", {}), ("vllm", {}))
+    }
+    for key, value in table.items():
+        if key not in NAMES:
+            known = [*NAMES, *about]
+            raise UsageError(f"{path}: unknown key '{key}'.{nearest(key, known)} Known: {', '.join(known)}.")
+        kind = option_type(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise UsageError(f"{path}: {key} is {value!r}, and must be {OPTION_TYPES[kind]}.")
+    hardware_keys = [f.name for f in fields(Hardware)]
+    for key in about["hardware"]:
+        if key not in hardware_keys:
+            raise UsageError(f"{path}: unknown key '{key}' in [hardware].{nearest(key, hardware_keys)}")
+    return ProfileFile(
+        path.stem, path, about["description"], about["verified"], Hardware(**about["hardware"]), table, about["vllm"]
+    )
+
+
+def shipped_profiles() -> dict[str, ProfileFile]:
+    """The profiles of launch/profiles, which travel in the package, by name."""
+    installed = Path(__file__).parent / "profiles"  # where the wheel puts them; a checkout has one source of them
+    directory = installed if installed.is_dir() else Path(__file__).parents[1] / "launch" / "profiles"
+    return {path.stem: read_profile(path) for path in sorted(directory.glob("*.toml"))}
+
+
+def shipped_profile(name: str) -> ProfileFile:
+    """A shipped profile by name. Raises UsageError for an unknown one."""
+    known = shipped_profiles()
+    if name not in known:
+        raise UsageError(f"unknown profile '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
+    return known[name]
+
+
+def vllm_arguments(table: Mapping[str, Any]) -> list[list[str]]:
+    """A [vllm] table as vLLM's arguments, one list a key: {"max-num-seqs": 64} -> [["--max-num-seqs", "64"]]."""
+    import json
+
+    arguments = []
+    for key, value in table.items():
+        name = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append([name if value else "--no-" + name[2:]])
+        elif isinstance(value, dict):
+            arguments.append([name, json.dumps(value)])
+        elif isinstance(value, list):
+            arguments.append([name, *map(str, value)])
+        else:
+            arguments.append([name, str(value)])
+    return arguments
+
+
+def argument_name(argument: str) -> str | None:
+    """The name of a vLLM flag as vLLM reads it, or None for a value: --max_num_seqs=4 -> --max-num-seqs."""
+    return argument.partition("=")[0].replace("_", "-") if argument.startswith("-") else None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A profile, and where each of its values came from."""
+
+    profile: Profile
+    sources: dict[str, str]
+    files: tuple[ProfileFile, ...] = ()
+
+    @property
+    def hardware(self) -> Hardware:
+        """What the last file that says so was made for."""
+        return next((f.hardware for f in reversed(self.files) if f.hardware.gpus), Hardware())
+
+
+def resolve(
+    flags: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    profile_files: tuple[ProfileFile, ...] = (),
+    vllm: tuple[str, ...] = (),
+) -> Resolved:
+    """The profile that flags, QVQ_* variables, files (later ones win) and defaults make together.
+
+    `flags` has texts by field name; `vllm` is what follows `--`. Raises UsageError for what cannot be.
+    """
+    values: dict[str, Any] = {f.name: f.default for f in OPTIONS if f.default is not MISSING}
+    sources = dict.fromkeys(values, "default")
+    table: dict[str, Any] = {}
+    for file in profile_files:
+        values |= file.values
+        sources |= dict.fromkeys(file.values, str(file.name))
+        table |= file.vllm
+    for name in NAMES:
+        if (text := environ.get(variable(name))) is not None:
+            values[name], sources[name] = convert(name, text, variable(name)), variable(name)
+    for name, text in (flags or {}).items():
+        values[name], sources[name] = convert(name, text, flag(name)), flag(name)
+    given = {argument_name(argument) for argument in vllm}
+    from_files = [a for argument in vllm_arguments(table) if argument_name(argument[0]) not in given for a in argument]
+    return Resolved(Profile(**values, vllm=(*from_files, *vllm)), sources, profile_files)

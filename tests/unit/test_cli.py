@@ -1,0 +1,113 @@
+"""The command line as its user meets it: in a process of its own, by its exit code and what it prints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("QVQ_")}
+
+
+def qvq_serve(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qvq_serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=CLEAN | environ, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["ask", "--help"], ["download", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom qvq_serve.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'openai', 'modelscope', 'pynvml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: qvq-serve" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prot", "1"], 2, "unknown argument '--prot'. Did you mean '--port'?"),
+        (["sevre"], 2, "unknown command 'sevre'. Did you mean 'serve'?"),
+        (["--profile", "qvq72b_h200"], 2, "Did you mean 'qvq72b_h200x"),
+        (["--tp"], 2, "--tp: expected one argument"),
+        (["--tp", "3", "--dry-run"], 2, "of these, 1, 2, 4, 8, 16 would do"),
+        (["--demo", "--tp", "3"], 2, "--tp 3: the model's 4 attention heads"),
+        (["--demo", "--profile", "qvq72b_h100x4_bf16"], 2, "are both given"),
+        (["--model", "/none/there"], 2, "--model /none/there: there is no such directory"),
+        (["--demo", "--", "--port", "9"], 2, "--port after -- is set by qvq-serve's own --port"),
+        (["ask", "/none/image.png", "What?"], 2, "the image /none/image.png cannot be read: No such file"),
+        (["ask", "What?", "--url", "http://127.0.0.1:9"], 3, "no server answers at http://127.0.0.1:9"),
+        (["ask", "What?", "--", "--x"], 2, "starts no vLLM"),
+        (["download", "--model", "qvq-7b"], 2, "Did you mean 'qvq-72b'?"),
+        (["download", "--model", "qvq-72b-awq", "--source", "modelscope"], 2, "is on huggingface"),
+    ],
+)
+def test_a_mistake_gets_its_exit_code_and_one_line(arguments: list[str], code: int, message: str) -> None:
+    done = qvq_serve(*arguments)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in qvq_serve("--debug", "--tp", "3").stderr
+
+
+def test_an_unwritable_cache_is_named() -> None:
+    done = qvq_serve("--demo", "--port", "18999", QVQ_CACHE="/proc/none")
+    assert done.returncode == 3
+    assert "the cache directory /proc/none cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_variable_that_nothing_reads_is_named_and_ignored() -> None:
+    done = qvq_serve("--demo", "--print-config", QVQ_MAX_IMAGE="3", QVQ_SERVICE_HOST="10.0.0.1")
+    assert done.returncode == 0
+    assert "QVQ_MAX_IMAGE is not known, and ignored. Did you mean 'QVQ_MAX_IMAGES'?" in done.stderr
+
+
+def test_print_config_gives_each_source_and_no_key() -> None:
+    done = qvq_serve("--demo", "--print-config", "--api-key", "hush-hush", "--max-images", "2", QVQ_PORT="9000")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert lines["max_images"].endswith("--max-images")
+    assert lines["port"].endswith("QVQ_PORT")
+    assert lines["max_model_len"].endswith("demo")
+    assert "(given)" in lines["api_key"]
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_dry_run_prints_what_vllm_is_given_without_vllm() -> None:
+    done = qvq_serve("--tp", "4", "--dry-run", "--api-key=hush-hush", "--", "--max-num-seqs", "64")
+    assert done.returncode == 0
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("vllm serve ")
+    assert "--tensor-parallel-size 4" in last
+    assert last.endswith("--max-num-seqs 64")
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_the_profiles_are_listed_with_their_proof() -> None:
+    lines = qvq_serve("--profile", "list").stdout.splitlines()
+    assert next(line for line in lines if line.startswith("qvq72b_h100x4_bf16")).count("untested") == 1
+    assert next(line for line in lines if line.startswith("demo")).count("verified: benchmarks/results/") == 1
+
+
+def test_with_no_arguments_and_no_gpu_the_demo_is_chosen_and_said() -> None:
+    done = qvq_serve("--dry-run", CUDA_VISIBLE_DEVICES="")
+    assert "no NVIDIA GPU is visible, so this serves the built-in demo model" in done.stderr
+    assert "--served-model-name qvq-demo" in done.stdout
+
+
+def test_check_says_that_nothing_stands_against_a_start(tmp_path: Path) -> None:
+    done = qvq_serve("check", "--demo", "--port", "18998", QVQ_CACHE=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "nothing stands against a start\n"), done.stderr
+
+
+def test_the_harness_says_that_it_is_not_there_yet() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "qvq-bench"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not in this version" in done.stderr

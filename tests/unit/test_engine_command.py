@@ -1,0 +1,66 @@
+"""What a launch gives vLLM."""
+
+import json
+
+import pytest
+
+from qvq_serve.engine import OWNED, PROFILE_VARIABLE, bind_threads, command, served_name
+from qvq_serve.errors import UsageError
+from qvq_serve.profile import Profile
+
+
+def value(argv: list[str], name: str) -> str:
+    return argv[argv.index(name) + 1]
+
+
+def test_visual_token_bounds_reach_vllm_in_pixels_and_no_video_is_profiled() -> None:
+    argv = command(Profile(min_visual_tokens=256, max_visual_tokens=1280, max_images=3), gpus=1).argv
+    bounds = json.loads(value(argv, "--mm-processor-kwargs"))
+    assert bounds == {"size": {"shortest_edge": 256 * 784, "longest_edge": 1280 * 784}}
+    assert json.loads(value(argv, "--limit-mm-per-prompt")) == {"image": 3, "video": 0}
+
+
+def test_a_key_is_nowhere_but_in_its_variable() -> None:
+    launch = command(Profile(api_key="hush-hush"), gpus=1)
+    assert launch.secrets == {"VLLM_API_KEY": "hush-hush"}
+    assert "hush" not in str(launch) + repr(launch)
+    assert "VLLM_API_KEY" in str(launch)
+    assert "api_key" not in json.loads(launch.environment[PROFILE_VARIABLE])
+
+
+def test_arguments_after_the_dashes_come_last() -> None:
+    assert command(Profile(vllm=("--max-num-seqs", "64")), gpus=1).argv[-2:] == ["--max-num-seqs", "64"]
+
+
+@pytest.mark.parametrize(
+    "argument", ["--tensor-parallel-size", "--tensor_parallel_size=2", "-tp", "--api-key", "--config"]
+)
+def test_a_flag_that_is_ours_is_refused_after_the_dashes(argument: str) -> None:
+    with pytest.raises(UsageError, match=r"is set by qvq-serve's own --"):
+        command(Profile(vllm=(argument, "2")), gpus=1)
+
+
+def test_every_flag_that_we_set_is_owned() -> None:
+    argv = command(Profile(quantization="fp8", allowed_image_dir="/"), gpus=1).argv
+    assert {a for a in argv if a.startswith("--")} <= set(OWNED)
+
+
+def test_a_model_after_the_dashes_is_refused() -> None:
+    with pytest.raises(UsageError, match="--model names the model"):
+        command(Profile(vllm=("Qwen/Qwen2-VL-7B",)), gpus=1)
+
+
+def test_cpu_workers_share_the_cores() -> None:
+    assert bind_threads(2, [0, 1, 2, 3]) == "0,1|2,3"
+    launch = command(Profile(model="demo", tp=2), gpus=0, cpus=[4, 6])
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "4|6"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in command(Profile(model="demo"), gpus=0, cpus=[4, 6]).environment
+    with pytest.raises(UsageError, match="is 4, and this CPU has 2 cores"):
+        command(Profile(model="demo", tp=4), gpus=0, cpus=[0, 1])
+
+
+def test_the_served_name_is_the_repositorys_or_the_directorys() -> None:
+    assert served_name(Profile()) == "Qwen/QVQ-72B-Preview"
+    assert served_name(Profile(model="demo")) == "qvq-demo"
+    assert served_name(Profile(model="/some/where/mine/")) == "mine"
+    assert served_name(Profile(served_model_name="x")) == "x"

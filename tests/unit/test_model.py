@@ -1,0 +1,63 @@
+"""Where a model lies, and what its config says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvq_serve.errors import UsageError
+from qvq_serve.model import KNOWN, ModelGeometry, cache_dir, locate, missing_files, read_config
+
+
+def test_qvqs_geometry_is_carried() -> None:
+    geometry = ModelGeometry.load("qvq-72b")
+    assert (geometry.layers, geometry.heads, geometry.kv_heads, geometry.vision_heads) == (80, 64, 8, 16)
+    assert (geometry.intermediate_size, geometry.max_position_embeddings) == (29568, 128000)
+    assert ModelGeometry.load("qvq-72b-awq").intermediate_size == 29696
+
+
+def test_a_config_of_transformers_5_is_read_like_one_of_transformers_4() -> None:
+    flat = read_config(Path("qvq_serve/configs/qvq-72b.json").absolute())
+    nested = {"text_config": flat, "vision_config": flat["vision_config"]}
+    assert ModelGeometry.from_config(nested, Path("x")) == ModelGeometry.load("qvq-72b")
+
+
+def test_a_known_name_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QVQ_CACHE", str(tmp_path))
+    assert locate("qvq-72b") == tmp_path / "models" / KNOWN["qvq-72b"].repo
+    monkeypatch.delenv("QVQ_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/qvq-serve")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json, so it is no model directory"),
+        ("{", "cannot be read as JSON"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "is of architecture ['LlamaForCausalLM']"),
+        ("[]", "is of architecture None"),
+        ('{"architectures": ["Qwen2VLForConditionalGeneration"]}', "lacks 'num_hidden_layers'"),
+    ],
+)
+def test_a_directory_that_is_no_qwen2_vl_model_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError) as error:
+        ModelGeometry.load(str(tmp_path))
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_an_unknown_name_gets_the_nearest_known_one() -> None:
+    with pytest.raises(UsageError, match=r"--model qvq-72: there is no such directory.*Did you mean 'qvq-72b'\?"):
+        locate("qvq-72")
+
+
+def test_missing_shards_are_found_by_the_index(tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json", "a.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert missing_files(tmp_path) == []
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert missing_files(tmp_path) == ["b.safetensors"]
