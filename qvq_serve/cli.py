@@ -1,7 +1,6 @@
 """The command line. Standard library only at import; no command imports more than it needs: --help answers at once."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -274,7 +273,6 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
         download(profile.model)
     preflight.check_start(resolved, gpus)
-    logging.basicConfig(level=logging.INFO, format="qvq-serve: %(message)s")
     for name, reason in launch.reasons.items():
         say(f"{name}: {reason}")
     if profile.host not in ("127.0.0.1", "localhost", "::1") and not launch.secrets:

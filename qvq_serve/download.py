@@ -13,8 +13,8 @@ from qvq_serve.gpu import GIB
 from qvq_serve.model import KNOWN, locate, missing_files
 
 BLOCK_BYTES = 8 * 2**20
-SPARE_BYTES = GIB
-"""Left free on the disk beside the model."""
+SPARE_SHARE = 0.01
+"""Of the model's bytes, left free on its disk beside it."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def check_space(target: Path, files: list[RemoteFile]) -> None:
     )
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if missing + SPARE_BYTES > free:
+    if missing * (1 + SPARE_SHARE) > free:
         raise StartError(
-            f"{target} needs {(missing + SPARE_BYTES) / GIB:.1f} GiB for {len(files)} files, and its disk has "
+            f"{target} needs {missing * (1 + SPARE_SHARE) / GIB:.1f} GiB for {len(files)} files, and its disk has "
             f"{free / GIB:.1f} GiB free; make room, or name another place with --to or QVQ_CACHE."
         )
 

@@ -3,8 +3,8 @@
 Everything down to `run` is pure and imports no vLLM, so that --dry-run, check and the tests see what a start does.
 """
 
+import argparse
 import json
-import logging
 import os
 import shlex
 from dataclasses import asdict, dataclass, field
@@ -15,8 +15,6 @@ from qvq_serve import visual
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.model import DEMO, KNOWN, locate
 from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
-
-log = logging.getLogger("qvq_serve")
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = "qvq"
@@ -147,12 +145,11 @@ def launched_profile() -> Profile:
 
 def run(launch: Command) -> None:
     """Serve until told to stop. Raises UsageError for arguments that vLLM refuses, StartError where it cannot start."""
-    for name in launch.environment.keys() & os.environ.keys():
-        log.info("%s=%s is set outside, and kept", name, os.environ[name])
-    os.environ.update(launch.environment | {k: os.environ[k] for k in KEEP if k in os.environ} | launch.secrets)
+    kept = {name: os.environ[name] for name in GIVE_WAY if name in os.environ}
+    os.environ.update(launch.environment | kept | launch.secrets)
     try:
         from vllm.entrypoints.cli.serve import ServeSubcommand
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
     except ImportError as error:
@@ -161,7 +158,7 @@ def run(launch: Command) -> None:
             "pip install 'qvq-serve[gpu]' (or [cpu])."
         ) from None
     cli_env_setup()
-    arguments = make_arg_parser(_parser()).parse_args(launch.argv)
+    arguments = parse(launch.argv)
     configure_logging_from_args(arguments)
     validate_parsed_serve_args(arguments)
     prove_plugin()
@@ -173,12 +170,13 @@ def run(launch: Command) -> None:
         raise StartError(f"vLLM stopped: {error or type(error).__name__}") from error
 
 
-KEEP = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")
+GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")
 """Variables of ours that give way to a value set outside."""
 
 
-def _parser() -> Any:
-    """vLLM's parser, with its message of 300 flags cut to the one that matters."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """`vllm serve`'s arguments by vLLM's own parser. Raises UsageError, with the nearest flag, for what it refuses."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -188,7 +186,8 @@ def _parser() -> Any:
                 hint = nearest(message.split("unrecognized arguments: ")[1].split()[0], self._option_string_actions)
             raise UsageError(f"vLLM refuses its arguments: {message}.{hint}")
 
-    return Parser(prog="vllm serve")
+    arguments: argparse.Namespace = make_arg_parser(Parser(prog="vllm serve")).parse_args(argv)
+    return arguments
 
 
 def prove_plugin() -> None:

@@ -57,6 +57,10 @@ def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
             f"no NVIDIA GPU is visible on this machine, and {what} needs {wanted}. `qvq-serve --demo` serves the "
             "built-in demo model on the CPU."
         )
+    if not gpus and profile.pp > 1:
+        # vLLM's CPU runner never makes the tensors that pass between stages: the first request kills the engine.
+        would_do = f"--tp {profile.tp * profile.pp} would do"
+        raise StartError(f"--pp {profile.pp}: vLLM 0.32 cannot run pipeline stages on the CPU; {would_do}.")
     if gpus and wanted > len(gpus):
         raise StartError(
             f"--tp {profile.tp} x --pp {profile.pp} needs {wanted} GPUs, and {len(gpus)} are visible "

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.multimodal.media.connector import MediaConnector
 
 from qvq_serve.engine import launched_profile
@@ -18,15 +18,19 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         profile = launched_profile()
+        is_file = image_url[:5].lower() == "file:"
+        if is_file and profile.allowed_image_dir is None:
+            raise refusal(image_url, "is a local file, and this server reads none (--allowed-image-dir)")
         try:
             async with asyncio.timeout(profile.image_timeout):
                 image = await super().fetch_image_async(image_url, image_mode=image_mode)
         except TimeoutError:
             raise refusal(image_url, f"was not fetched within {profile.image_timeout:g} s") from None
-        except RuntimeError:  # vLLM's answer to a file: URL where no directory is allowed, which it would send as a 500
-            raise refusal(image_url, "is a local file, and this server reads none (--allowed-image-dir)") from None
         except Exception as error:
-            raise refusal(image_url, f"cannot be read: {error}") from None
+            if is_file:  # the reason would name the server's directories
+                raise refusal(image_url, "is no readable image below the server's --allowed-image-dir") from None
+            reason = error.args[0] if isinstance(error, VLLMClientError) else error
+            raise refusal(image_url, f"cannot be read: {reason}") from None
         width, height = image.size
         try:
             visual_tokens(height, width, profile.min_visual_tokens, profile.max_visual_tokens)
@@ -35,13 +39,23 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         return image
 
     async def fetch_video_async(self, video_url: str, **_: Any) -> Any:
-        raise VLLMValidationError("video is not supported: QVQ takes images only", parameter="messages")
+        raise MediaError("video is not supported: QVQ takes images only")
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
-        raise VLLMValidationError("audio is not supported: QVQ takes images only", parameter="messages")
+        raise MediaError("audio is not supported: QVQ takes images only")
 
 
-def refusal(image_url: str, reason: str) -> VLLMValidationError:
-    """The error of one image, as OpenAI's API has it: status 400, with the image's address, shortened."""
+class MediaError(VLLMValidationError):  # type: ignore[misc]
+    """A refusal as OpenAI's API has it: status 400, and the field in `param` alone (vLLM repeats it in the message)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, parameter="messages")
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def refusal(image_url: str, reason: str) -> MediaError:
+    """The refusal of one image, with its address, shortened."""
     shown = image_url if len(image_url) <= SHOWN else image_url[:SHOWN] + "..."
-    return VLLMValidationError(f"the image '{shown}' {reason}", parameter="messages")
+    return MediaError(f"the image '{shown}' {reason}")

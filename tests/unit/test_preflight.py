@@ -53,6 +53,11 @@ def test_a_gpu_profile_on_a_machine_without_one_is_refused() -> None:
     check_gpus(with_gpus(Profile(model="demo")), [])
 
 
+def test_pipeline_stages_on_the_cpu_are_refused() -> None:
+    with pytest.raises(StartError, match=r"--pp 2: vLLM 0\.32 cannot run pipeline stages on the CPU; --tp 2 would do"):
+        check_gpus(with_gpus(Profile(model="demo", pp=2)), [])
+
+
 def test_too_few_or_too_small_gpus_are_refused() -> None:
     with pytest.raises(StartError, match=r"--tp 2 x --pp 2 needs 4 GPUs, and 1 are visible \(NVIDIA H100"):
         check_gpus(with_gpus(Profile(tp=2, pp=2)), [H100])

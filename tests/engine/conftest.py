@@ -1,0 +1,152 @@
+"""Real servers for the tests: the real vLLM on the CPU, started as a user starts it."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+KEY = "a-key-that-nobody-sees"
+START_TIMEOUT_S = 300
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A seeded image with structure at every scale, so that no two places look alike."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height))
+    noise = rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def user(*parts: str | dict[str, Any]) -> dict[str, Any]:
+    """A user's message: images by URL as {"url": ...}, texts as they are."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+@dataclass
+class Server:
+    """A running qvq-serve."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    cache: Path
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {KEY}"}
+
+    def chat(self, *messages: dict[str, Any], **body: Any) -> httpx.Response:
+        request = {"messages": list(messages), "temperature": 0, "max_tokens": 8} | body
+        return httpx.post(f"{self.url}/v1/chat/completions", json=request, headers=self.headers, timeout=120)
+
+    def alive(self) -> bool:
+        return httpx.get(f"{self.url}/health", timeout=30).status_code == 200
+
+
+@contextmanager
+def serving(cache: Path, *arguments: str, **environ: str) -> Iterator[Server]:
+    """A qvq-serve with these arguments; stopped by SIGTERM, which must end it with exit code 0."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = cache / f"server-{port}.log"
+    command = [Path(sys.executable).parent / "qvq-serve", "--port", str(port), "--api-key", KEY, *arguments]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"QVQ_CACHE": str(cache)} | environ
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log, cache)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not up(server):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start (exit code {process.poll()}):\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+        yield server
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def up(server: Server) -> bool:
+    try:
+        return server.alive()
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty cache directory: the demo model is built in it, as on a new machine."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("images")
+    photo(476, 476).save(directory / "photo.png")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(cache: Path, image_dir: Path) -> Iterator[Server]:
+    """The demo model on the CPU, shared by all tests that need no server of their own."""
+    with serving(cache, "--demo", "--allowed-image-dir", str(image_dir), "--image-timeout", "2") as running:
+        yield running
+
+
+class Files(BaseHTTPRequestHandler):
+    """A web server with an image, a page, a redirect, an address that never answers, and 404."""
+
+    def do_GET(self) -> None:
+        if self.path == "/hang":
+            time.sleep(15)
+            return
+        answers = {"/photo.png": (200, png(photo(476, 476))), "/page.html": (200, b"<html>no image</html>")}
+        status, body = answers.get(self.path, (404, b"none"))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="session")
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{files.server_address[1]}"
+        files.shutdown()

@@ -1,0 +1,95 @@
+"""A request that cannot be gets an OpenAI error object with the right status, and the server lives."""
+
+import base64
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.engine.conftest import Server, data_url, photo, png, user
+
+
+def refused(server: Server, *parts: str | dict[str, str]) -> str:
+    """The message of a refusal by 400."""
+    answer = server.chat(user(*parts))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (400, 400, "BadRequestError"), error
+    assert "Traceback" not in error["message"]
+    assert server.alive()
+    return error["message"]
+
+
+def inline(content: bytes, kind: str = "image/png") -> dict[str, str]:
+    return {"url": f"data:{kind};base64,{base64.b64encode(content).decode()}"}
+
+
+def test_an_unreadable_image_is_refused(server: Server) -> None:
+    assert "cannot be read" in refused(server, inline(b"no image"), "What?")
+    assert "cannot be read" in refused(server, inline(png(photo(64, 64))[:200]), "What?")
+    assert "cannot be read" in refused(server, inline(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "What?")
+    assert "cannot be read" in refused(server, {"url": "data:image/png;base64,@@@"}, "What?")
+    assert "cannot be read" in refused(server, {"url": "data:image/png,plain"}, "What?")
+    assert "cannot be read" in refused(server, {"url": "data:image/png"}, "What?")
+
+
+def test_a_long_data_url_is_not_echoed(server: Server) -> None:
+    assert len(refused(server, inline(b"no image" * 10_000), "What?")) < 400
+
+
+def test_an_image_url_that_hangs_is_refused_in_time(server: Server, web: str) -> None:
+    assert f"the image '{web}/hang' was not fetched within 2 s" in refused(server, {"url": f"{web}/hang"}, "What?")
+
+
+def test_an_image_url_that_leads_to_no_image_is_refused(server: Server, web: str) -> None:
+    gone = refused(server, {"url": f"{web}/none.png"}, "What?")
+    assert gone == f"the image '{web}/none.png' cannot be read: Failed to fetch media from URL: HTTP 404 error"
+    assert "cannot be read" in refused(server, {"url": f"{web}/page.html"}, "What?")
+    refusing = {"url": "http://127.0.0.1:9/photo.png"}  # vLLM tries again, until the time is up
+    assert "was not fetched within 2 s" in refused(server, refusing, "What?")
+    assert "cannot be read" in refused(server, {"url": "gopher://127.0.0.1/photo.png"}, "What?")
+    assert "is empty" in refused(server, {"url": ""}, "What?")
+
+
+def test_a_file_outside_the_allowed_directory_is_refused(server: Server, image_dir: Path) -> None:
+    for url in ("file:///etc/passwd", f"{image_dir.as_uri()}/../other.png", f"{image_dir.as_uri()}/none.png"):
+        message = refused(server, {"url": url}, "What?")
+        assert message.endswith("is no readable image below the server's --allowed-image-dir")
+        assert str(image_dir) not in message
+
+
+def test_a_shape_that_no_rule_brings_under_the_maximum_is_refused(server: Server) -> None:
+    thin = Image.new("RGB", (2_010, 10))
+    assert "more than 200 times as long as it is wide" in refused(server, {"url": data_url(thin)}, "What?")
+
+
+def test_more_images_than_allowed_are_refused(server: Server) -> None:
+    image = {"url": data_url(photo(64, 64))}
+    assert "4 image" in refused(server, *[image] * 5, "What?")
+
+
+@pytest.mark.parametrize("kind", ["video_url", "audio_url"])
+def test_video_and_audio_are_refused_clearly(server: Server, web: str, kind: str) -> None:
+    part = {"type": kind, kind: {"url": f"{web}/photo.png"}}
+    answer = server.chat({"role": "user", "content": [part, {"type": "text", "text": "What?"}]})
+    assert answer.status_code == 400
+    assert kind.removesuffix("_url") in answer.json()["error"]["message"]
+    assert server.alive()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
+    assert "8192" in refused(server, "word " * 9_000)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": 1}', b'{"messages": []}', b"\xff\xfe"])
+def test_a_body_that_is_no_request_is_refused(server: Server, body: bytes) -> None:
+    headers = server.headers | {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+    assert server.alive()
+
+
+def test_the_log_has_no_traceback_of_a_bad_request(server: Server) -> None:
+    refused(server, inline(b"no image"), "What?")
+    assert "Traceback" not in server.log.read_text()

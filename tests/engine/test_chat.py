@@ -1,0 +1,97 @@
+"""What a client of the OpenAI API gets from the real server."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+
+from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
+from tests.engine.conftest import KEY, Server, data_url, photo, user
+
+
+def test_an_image_is_answered_streamed_and_not_with_the_same_text(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    request = {
+        "model": client.models.list().data[0].id,
+        "messages": [user({"url": data_url(photo(476, 476))}, "What is this?")],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    whole = client.chat.completions.create(**request)
+    chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert streamed == whole.choices[0].message.content
+    assert streamed
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert whole.usage.prompt_tokens > 17 * 17
+
+
+def test_the_answer_depends_on_the_image(server: Server) -> None:
+    answers = {
+        seed: server.chat(user({"url": data_url(photo(476, 476, seed))}, "What?"), max_tokens=24).json()
+        for seed in (1, 2)
+    }
+    first, second = (answer["choices"][0]["message"]["content"] for answer in answers.values())
+    assert first != second
+
+
+def test_several_images_are_taken_in_order(server: Server) -> None:
+    red, blue = (data_url(photo(476, 476, seed)) for seed in (1, 2))
+    one_way = server.chat(user({"url": red}, {"url": blue}, "Which?"), max_tokens=24, return_token_ids=True).json()
+    other = server.chat(user({"url": blue}, {"url": red}, "Which?"), max_tokens=24, return_token_ids=True).json()
+    assert one_way["prompt_token_ids"] == other["prompt_token_ids"]
+    assert one_way["choices"][0]["token_ids"] != other["choices"][0]["token_ids"]
+
+
+def test_images_come_by_https_data_and_file(server: Server, web: str, image_dir: Path) -> None:
+    urls = [f"{web}/photo.png", data_url(photo(476, 476)), (image_dir / "photo.png").as_uri()]
+    answers = [server.chat(user({"url": url}, "What is this?")) for url in urls]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+def prompt_of(server: Server, *messages: dict[str, object]) -> str:
+    answer = server.chat(*messages, max_tokens=1, return_token_ids=True).json()
+    tokens = {"tokens": answer["prompt_token_ids"]}
+    return httpx.post(f"{server.url}/detokenize", json=tokens, headers=server.headers).json()["prompt"]
+
+
+def test_the_tutorials_system_prompt_is_added_only_where_a_request_brings_none(server: Server) -> None:
+    question = {"role": "user", "content": "Hi"}
+    assert prompt_of(server, question) == (
+        f"<|im_start|>system\n{TUTORIAL_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt_of(server, {"role": "system", "content": "Mine."}, question).startswith(
+        "<|im_start|>system\nMine.<|im_end|>\n<|im_start|>user\n"
+    )
+
+
+def test_models_health_and_metrics_answer(server: Server) -> None:
+    models = httpx.get(f"{server.url}/v1/models", headers=server.headers).json()
+    assert [model["id"] for model in models["data"]] == ["qvq-demo"]
+    assert server.alive()
+    assert "vllm:num_requests_running" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_without_the_key_nothing_is_answered_and_the_key_is_nowhere_to_be_seen(server: Server) -> None:
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert KEY not in server.log.read_text()
+    titles = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert any(f"--port\0{server.url.rsplit(':', 1)[1]}" in title for title in titles)
+    assert not any(KEY in title for title in titles)
+
+
+def test_ask_prints_the_answer_and_how_it_ended(server: Server, image_dir: Path) -> None:
+    command = [Path(sys.executable).parent / "qvq-serve", "ask", image_dir / "photo.png", "What is this?"]
+    options = ["--url", server.url, "--max-tokens", "8"]
+    environ = os.environ | {"QVQ_API_KEY": KEY}
+    done = subprocess.run([*command, *options], capture_output=True, timeout=60, env=environ, check=True)
+    assert done.stdout.strip()
+    assert b" tokens in, 8 out, " in done.stderr
+    refused = subprocess.run([*command, "--url", server.url], capture_output=True, text=True, timeout=60, check=False)
+    assert (refused.returncode, "refused: " in refused.stderr) == (2, True)
+    assert "Traceback" not in refused.stderr

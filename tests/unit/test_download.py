@@ -1,0 +1,126 @@
+"""`qvq-serve download` with the hubs' real libraries against a hub on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.hub import MODEL, WEIGHTS, Hub
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as running:
+        yield running
+
+
+def download(hub: Hub, to: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    home = to.parent / "home"
+    home.mkdir(exist_ok=True)
+    hubs = {"MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "MODELSCOPE_CACHE": str(home), "HF_HOME": str(home)}  # fmt: skip
+    command = [sys.executable, "-m", "qvq_serve", "download", "--to", str(to), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | hubs | environ, check=False
+    )
+
+
+def assert_whole(to: Path) -> None:
+    assert {path: (to / path).read_bytes() for path in MODEL} == MODEL
+
+
+def assert_failed(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 3 and, last on stderr, an error with these words and no traceback."""
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr[done.stderr.rindex("qvq-serve: ") :]
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+def test_a_download_is_whole_shows_progress_and_names_its_directory(hub: Hub, tmp_path: Path, source: str) -> None:
+    done = download(hub, tmp_path / "model", "--source", source)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(tmp_path / "model")]), done.stderr
+    assert_whole(tmp_path / "model")
+    assert "100%" in done.stderr
+    assert "B/s" in done.stderr
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts = 1
+    done = download(hub, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    assert_whole(tmp_path / "model")
+    assert hub.ranges[0] is None
+    assert hub.ranges[-1] == "bytes=300000-"
+
+
+def test_a_broken_download_says_so_and_the_same_command_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts = 1
+    done = download(hub, tmp_path / "model", MODELSCOPE_DOWNLOAD_MAX_RETRIES="0")
+    assert_failed(done, WEIGHTS, "What has come is kept; the same command goes on from there.")
+    assert download(hub, tmp_path / "model").returncode == 0
+    assert_whole(tmp_path / "model")
+    assert hub.ranges == [None, "bytes=300000-"]
+
+
+def test_a_corrupt_file_is_refused_and_not_left_behind(hub: Hub, tmp_path: Path) -> None:
+    hub.files[WEIGHTS] = b"\0" * len(MODEL[WEIGHTS])
+    assert_failed(download(hub, tmp_path / "model"), WEIGHTS, "Hash mismatch")
+    assert not (tmp_path / "model" / WEIGHTS).exists()
+
+
+def test_a_corrupt_file_from_hugging_face_is_refused_and_removed(hub: Hub, tmp_path: Path) -> None:
+    hub.files[WEIGHTS] = b"\0" * len(MODEL[WEIGHTS])
+    assert_failed(download(hub, tmp_path / "model", "--source", "huggingface"), WEIGHTS, "another hash")
+    assert not (tmp_path / "model" / WEIGHTS).exists()
+
+
+def test_a_file_that_went_bad_on_this_disk_is_brought_again(hub: Hub, tmp_path: Path) -> None:
+    assert download(hub, tmp_path / "model").returncode == 0
+    (tmp_path / "model" / WEIGHTS).write_bytes(b"\0" * len(MODEL[WEIGHTS]))
+    assert download(hub, tmp_path / "model").returncode == 0
+    assert_whole(tmp_path / "model")
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.listed_sizes[WEIGHTS] = 10**16
+    assert_failed(download(hub, tmp_path / "model"), "GiB for 4 files", "GiB free; make room")
+    assert hub.ranges == []
+
+
+def test_a_disk_that_fills_up_is_named(hub: Hub, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk to fill")
+    try:
+        hub.before_weights = lambda: fill(disk / "other")
+        assert_failed(download(hub, disk / "model"), WEIGHTS, "No space left on device", "What has come is kept")
+        hub.before_weights = None
+        (disk / "other").unlink()
+        assert download(hub, disk / "model").returncode == 0
+        assert_whole(disk / "model")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to a file until its disk has 300 KB left."""
+    free = shutil.disk_usage(path.parent).free
+    path.write_bytes(b"\0" * max(0, free - 300_000))
+
+
+def test_a_hub_that_does_not_answer_is_named(hub: Hub, tmp_path: Path) -> None:
+    done = download(hub, tmp_path / "model", MODELSCOPE_ENDPOINT="http://127.0.0.1:9")
+    assert_failed(done, "Qwen/QVQ-72B-Preview from modelscope")
+
+
+def test_a_repository_without_weights_cannot_be_served(hub: Hub, tmp_path: Path) -> None:
+    del hub.files[WEIGHTS]
+    assert_failed(download(hub, tmp_path / "model"), "has no *.safetensors")
