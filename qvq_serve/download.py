@@ -129,7 +129,7 @@ def fetch_huggingface(repo: str, target: Path, files: list[RemoteFile]) -> None:
     from huggingface_hub import snapshot_download
     from tqdm import tqdm
 
-    snapshot_download(repo, local_dir=target)
+    snapshot_download(repo, local_dir=target, tqdm_class=tqdm)
     with ThreadPoolExecutor(4) as pool:
         sound = tqdm(
             pool.map(lambda f: is_sound(target / f.path, f), files), total=len(files), unit="file", desc="hashes"

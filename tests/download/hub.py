@@ -80,16 +80,20 @@ class Routes(BaseHTTPRequestHandler):
         elif url.path.endswith("/repo"):
             self.send_file(query["FilePath"][0], head)
         elif "/tree/" in url.path:
-            files = [{"type": "file", "path": f["path"], "size": f["size"], "oid": f["blob"]}
-                     | ({"lfs": {"oid": f["sha256"], "size": f["size"], "pointerSize": 130}} if f["path"] == WEIGHTS else {})
-                     for f in hub.listing()]  # fmt: skip
-            self.send_json(files)
+            self.send_json([self.tree_entry(f) for f in hub.listing()])
         elif "/api/models/" in url.path:
             self.send_json({"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": path} for path in hub.files]})
         elif "/resolve/" in url.path:
             self.send_file(unquote(url.path.split(f"/resolve/{COMMIT}/")[-1]), head)
         else:
             self.send_json({"Code": 404, "Success": False, "Message": "none"}, status=404)
+
+    def tree_entry(self, file: dict[str, Any]) -> dict[str, Any]:
+        """A file as Hugging Face lists it: weights in LFS with a SHA-256, the rest with git's hash."""
+        entry = {"type": "file", "path": file["path"], "size": file["size"], "oid": file["blob"]}
+        if file["path"] == WEIGHTS:
+            entry["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}
+        return entry
 
     def send_json(self, content: Any, status: int = 200) -> None:
         body = json.dumps(content).encode()

