@@ -76,6 +76,7 @@ def processor() -> str:
 def main() -> None:
     out, arguments = Path(sys.argv[1]), sys.argv[2:]
     command = [str(QVQ_SERVE), "--port", str(PORT), *arguments]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
