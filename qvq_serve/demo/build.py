@@ -57,11 +57,19 @@ def build_config(tokenizer: Qwen2TokenizerFast, vocab_size: int) -> Qwen2VLConfi
     )  # fmt: skip
 
 
+def is_plain(token: str) -> bool:
+    """Whether a token is ordinary ASCII text: no special token, no byte that needs others."""
+    return token.isascii() and token not in SPECIAL_TOKENS
+
+
 def build_checkpoint(directory: Path, vocab: dict[str, int], merges: list[tuple[str, str]], vocab_size: int) -> None:
     """Writes a checkpoint that vLLM and transformers load: seeded random weights, the tokenizer, the processor."""
     tokenizer = build_tokenizer(vocab, merges)
     torch.manual_seed(72)
     model = Qwen2VLForConditionalGeneration(build_config(tokenizer, vocab_size))
+    # Random weights would mostly write halves of UTF-8 characters, which show as nothing; this leaves them plain text.
+    with torch.no_grad():
+        model.lm_head.weight[[i for token, i in tokenizer.get_vocab().items() if not is_plain(token)]] = 0
     model.generation_config.update(do_sample=False)
     model.to(torch.bfloat16).save_pretrained(directory)
     Qwen2VLProcessor(
