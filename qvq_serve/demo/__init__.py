@@ -8,7 +8,7 @@ from pathlib import Path
 from qvq_serve.errors import StartError
 from qvq_serve.model import cache_dir, missing_files
 
-VERSION = 3
+VERSION = 4
 """Raised whenever `build` would write other files, so that an old cache is not served."""
 
 

@@ -22,6 +22,7 @@ def workers_of(server: Server) -> int:
 def test_two_workers_answer_as_one_does(server: Server, cache: Path) -> None:
     alone = [greedy_tokens(server, seed) for seed in (1, 2, 3)]
     assert len({tuple(tokens) for tokens in alone}) == 3
+    assert min(len(set(tokens)) for tokens in alone) > 12
     with serving(cache, "--demo", "--tp", "2") as two:
         assert workers_of(two) == 2
         assert [greedy_tokens(two, seed) for seed in (1, 2, 3)] == alone

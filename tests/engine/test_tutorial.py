@@ -52,7 +52,9 @@ def test_an_image_that_needs_no_resize_gets_the_same_64_greedy_tokens(
         user({"url": data_url(image)}, QUESTION), max_tokens=64, ignore_eos=True, return_token_ids=True
     ).json()
     assert answer["prompt_token_ids"] == prompt
-    assert answer["choices"][0]["token_ids"] == generated[0, len(prompt) :].tolist()
+    expected = generated[0, len(prompt) :].tolist()
+    assert len(set(expected)) > 16  # a model that repeats itself would agree whatever it saw
+    assert answer["choices"][0]["token_ids"] == expected
 
 
 @pytest.mark.parametrize("size", [(640, 480), (333, 777), (1920, 1080), (30, 31)])
