@@ -5,12 +5,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_environment test
 cd "$ROOT"
-select=(-m "not slow")
 if [ "${1:-}" = --all ]; then
     shift
-    select=()
+    set -- -m "" "$@"
 fi
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "${select[@]}" "$@"
+exec python -m pytest "$@"
