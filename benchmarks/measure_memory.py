@@ -77,9 +77,9 @@ def phases(worker: Any) -> dict[str, Any]:
         return row
 
     def encode(patches: int) -> Any:
-        side = int(patches**0.5)
-        pixels = torch.zeros(side * side, 1176, dtype=torch.uint8, device="cuda")  # as vLLM's processor gives them
-        return model.embed_multimodal(pixel_values=pixels, image_grid_thw=torch.tensor([[1, side, side]]))
+        rows = 32
+        pixels = torch.zeros(patches, 1176, dtype=torch.uint8, device="cuda")  # as vLLM's processor gives them
+        return model.embed_multimodal(pixel_values=pixels, image_grid_thw=torch.tensor([[1, rows, patches // rows]]))
 
     rows: dict[str, Any] = {"encoder": {}, "text": {}, "sampler": {}}
     with torch.inference_mode():
