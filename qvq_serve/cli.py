@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from qvq_serve import __version__
-from qvq_serve.errors import QvqError, UsageError, nearest
+from qvq_serve.errors import EXIT_DOES_NOT_FIT, QvqError, UsageError, nearest
 from qvq_serve.profile import NAMES, OPTIONS, flag, option_type, variable
 
 if TYPE_CHECKING:
@@ -76,6 +76,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     server_flags(serve)
     serve.add_argument("--dry-run", action="store_true", help="print what vLLM would be given, and start nothing")
 
+    plan = add("plan", "what fits, before anything is loaded: GPU memory by use; exit code 4 if it does not", run_plan)
+    server_flags(plan)
+    plan.add_argument("--gpu", metavar="NAME|GiB", help="h100, h200, a100-80gb, ...; default: this machine's")
+    plan.add_argument("--num-gpus", type=int, metavar="N", help="how many (default: --tp x --pp, or this machine's)")
+    plan.add_argument(
+        "--typical-output", type=int, default=2048, metavar="N", help="output tokens of a typical request"
+    )
+    plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
     server_flags(add("check", "refuse what cannot work on this machine, before the minutes of loading", run_check))
 
     download = add(
@@ -114,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if debug:
+            raise
+        print(f"qvq-serve: a fault of ours: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
 
 
 def split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -135,7 +150,7 @@ def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
     if not arguments or arguments[0] not in commands:
         parser.parse_args(arguments)
     known = commands[arguments[0]].parse_args(arguments[1:])
-    if vllm and arguments[0] not in ("serve", "check"):
+    if vllm and arguments[0] not in ("serve", "check", "plan"):
         raise UsageError(f"`qvq-serve {arguments[0]}` starts no vLLM, so nothing can follow --.")
     known.vllm = vllm
     run: Callable[[argparse.Namespace], int] = known.run
@@ -157,8 +172,11 @@ def hide_key() -> None:
         os.execve(sys.executable, [sys.executable, *rest], os.environ | {variable("api_key"): key})
 
 
-def chosen(arguments: argparse.Namespace) -> tuple["Resolved", list["Gpu"]]:
-    """The profile that flags, variables, files and, where nothing says what to serve, this machine's GPUs make."""
+def chosen(arguments: argparse.Namespace, pick: bool = True) -> tuple["Resolved", list["Gpu"]]:
+    """The profile that flags, variables, files and, where nothing says what to serve, this machine's GPUs make.
+
+    With `pick` false, the GPUs choose nothing.
+    """
     from pathlib import Path
 
     from qvq_serve.gpu import visible_gpus
@@ -172,7 +190,8 @@ def chosen(arguments: argparse.Namespace) -> tuple["Resolved", list["Gpu"]]:
     if arguments.demo:
         name = "demo"
     elif (
-        not name
+        pick
+        and not name
         and not arguments.config
         and not any(key in given or variable(key) in os.environ for key in CHOOSES_MODEL)
     ):
@@ -280,6 +299,43 @@ def run_serve(arguments: argparse.Namespace) -> int:
     say(f"starting {engine.served_name(profile)} at http://{profile.host}:{profile.port}/v1")
     engine.run(launch)
     return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`plan`: GPU memory by use, what fits and what would; exit code 0 if it fits, 4 if not."""
+    if arguments.profile == "list":
+        return print_profiles()
+    import json
+
+    from qvq_serve import advice, memory
+    from qvq_serve.model import ModelGeometry
+    from qvq_serve.preflight import check_split
+
+    resolved, gpus = chosen(arguments, pick=False)
+    if arguments.print_config:
+        return print_config(resolved)
+    profile = resolved.profile
+    if arguments.gpu:
+        card, size = memory.card_memory(arguments.gpu)
+    elif gpus:
+        card, size = memory.card_of(gpus[0])
+    else:
+        raise UsageError("no NVIDIA GPU is visible on this machine; --gpu h200 plans for one.")
+    num_gpus = arguments.num_gpus or (profile.tp * profile.pp if arguments.gpu else len(gpus))
+    if arguments.fit:
+        made = advice.fit(profile, card, size, num_gpus, arguments.typical_output)
+    else:
+        geometry = ModelGeometry.load(profile.model)
+        check_split(geometry, profile)
+        made = memory.plan(profile, geometry, card, size, num_gpus, arguments.typical_output)
+    would_fit = [] if made.fits else advice.suggestions(made)
+    if arguments.json:
+        print(json.dumps(memory.as_json(made, would_fit)))
+        return 0 if made.fits else EXIT_DOES_NOT_FIT
+    print(memory.as_table(made, would_fit))
+    if arguments.fit:
+        print(f"\nqvq-serve {advice.flags_of(advice.fitted_fields(made.profile), profile)}".rstrip())
+    return 0 if made.fits else EXIT_DOES_NOT_FIT
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 EXIT_USAGE = 2
 EXIT_START = 3
+EXIT_DOES_NOT_FIT = 4
 
 
 class QvqError(Exception):

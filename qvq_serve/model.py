@@ -65,14 +65,27 @@ def locate(model: str) -> Path:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """The numbers of a Qwen2-VL config.json that decide how a model can be split and served."""
+    """The numbers of a Qwen2-VL config.json that decide how a model can be split and what memory it takes."""
 
     layers: int
+    hidden_size: int
     heads: int
     kv_heads: int
     intermediate_size: int
+    vocab_size: int
     max_position_embeddings: int
+    tied_embeddings: bool
+    vision_layers: int
+    vision_size: int
+    """Width of the vision encoder, `embed_dim`."""
+    vision_mlp_size: int
     vision_heads: int
+    quantization: dict[str, Any] | None = None
+    """The checkpoint's own `quantization_config`."""
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.heads
 
     @classmethod
     def load(cls, model: str) -> "ModelGeometry":
@@ -90,11 +103,19 @@ class ModelGeometry:
         try:
             return cls(
                 layers=text["num_hidden_layers"],
+                hidden_size=text["hidden_size"],
                 heads=text["num_attention_heads"],
                 kv_heads=text["num_key_value_heads"],
                 intermediate_size=text["intermediate_size"],
+                vocab_size=text["vocab_size"],
                 max_position_embeddings=text["max_position_embeddings"],
-                vision_heads=vision.get("num_heads", 16),  # 16: the default of Qwen2VLVisionConfig
+                tied_embeddings=config.get("tie_word_embeddings", False),
+                # Where a config leaves one out, the default of transformers' Qwen2VLVisionConfig.
+                vision_layers=vision.get("depth", 32),
+                vision_size=vision.get("embed_dim", 1280),
+                vision_mlp_size=int(vision.get("embed_dim", 1280) * vision.get("mlp_ratio", 4)),
+                vision_heads=vision.get("num_heads", 16),
+                quantization=config.get("quantization_config"),
             )
         except KeyError as missing:
             raise UsageError(f"{path} lacks {missing}, which a Qwen2-VL model has.") from None

@@ -1,6 +1,8 @@
 """The command line as its user meets it: in a process of its own, by its exit code and what it prints."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         (["ask", "/none/image.png", "What?"], 2, "the image /none/image.png cannot be read: No such file"),
         (["ask", "What?", "--url", "http://127.0.0.1:9"], 3, "no server answers at http://127.0.0.1:9"),
         (["ask", "What?", "--", "--x"], 2, "starts no vLLM"),
+        (["plan", "--gpu", "h20"], 2, "--gpu h20: not a known card. Did you mean 'h200'?"),
+        (["plan"], 2, "no NVIDIA GPU is visible on this machine; --gpu h200 plans for one"),
         (["download", "--model", "qvq-7b"], 2, "Did you mean 'qvq-72b'?"),
         (["download", "--model", "qvq-72b-awq", "--source", "modelscope"], 2, "is on huggingface"),
     ],
@@ -100,6 +104,43 @@ def test_with_no_arguments_and_no_gpu_the_demo_is_chosen_and_said() -> None:
     done = qvq_serve("--dry-run", CUDA_VISIBLE_DEVICES="")
     assert "no NVIDIA GPU is visible, so this serves the built-in demo model" in done.stderr
     assert "--served-model-name qvq-demo" in done.stdout
+
+
+def test_plan_prints_a_table_and_its_exit_code_says_whether_it_fits() -> None:
+    done = qvq_serve("plan", "--gpu", "h200", "--quantization", "fp8_per_channel", "--kv-cache-dtype", "fp8")
+    assert done.returncode == 0
+    assert re.search(r"weights +70\.\d\d  fp8", done.stdout)
+    assert "typical ones of 3584" in done.stdout
+    short = qvq_serve("plan", "--gpu", "h100", "--typical-output", "512", "--", "--max-num-seqs", "64")
+    assert (short.returncode, "does not fit: weights" in short.stdout) == (4, True)
+    assert "would fit: four-bit weights (--model qvq-72b-awq)" in short.stdout
+    assert "typical ones of 2048" in short.stdout
+
+
+def test_plan_as_json_has_every_use() -> None:
+    done = qvq_serve("plan", "--gpu", "h100", "--tp", "4", "--json")
+    found = json.loads(done.stdout)
+    assert (found["gpu"], found["num_gpus"], found["tp"]) == ({"name": "H100", "memory_gib": 79.18}, 4, 4)
+    assert set(found["per_gpu_gib"]) == {
+        "weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache",
+        "requested", "headroom",
+    }  # fmt: skip
+    assert found["fits"] is True
+    assert set(found["max_requests"]) == {"at_max_model_len", "typical"}
+
+
+def test_plan_fit_prints_the_line_that_starts_it() -> None:
+    done = qvq_serve("plan", "--gpu", "h100", "--num-gpus", "2", "--fit")
+    line = "qvq-serve --model qvq-72b --tp 2 --quantization fp8_per_channel --kv-cache-dtype fp8"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, line)
+
+
+def test_plan_imports_no_torch() -> None:
+    program = (
+        "import sys; from qvq_serve.cli import main; main(['plan', '--gpu', 'h200']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_check_says_that_nothing_stands_against_a_start(tmp_path: Path) -> None:

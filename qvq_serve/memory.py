@@ -1,0 +1,383 @@
+"""The memory plan: bytes of each GPU by use, before anything is loaded. Arithmetic where it can be, measured where not.
+
+Constants that are not arithmetic were fitted to benchmarks/results/memory_2026-11-24.json: vLLM 0.32.0 with its V2
+runner on one H100 and one H200. FITTED names the runs; the others of that file were left out, and
+tests/unit/test_memory.py holds the plan to all of them.
+"""
+
+import math
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from qvq_serve.errors import UsageError, nearest
+from qvq_serve.gpu import GIB, Gpu
+from qvq_serve.model import ModelGeometry
+from qvq_serve.profile import Profile, argument_name
+
+MIB = 2**20
+BF16, FP32 = 2, 4
+BLOCK_TOKENS = 16
+"""Tokens of a block of vLLM's KV cache on CUDA."""
+PATCHES_PER_TOKEN = 4
+PATCH_VALUES = 3 * 2 * 14 * 14
+"""Values of a patch: colours x frames x 14 x 14 px."""
+
+FITTED = ("72b-fp8-graphs", "72b-fp8-eager-2k", "72b-fp8-eager-16k-large-image", "72b-awq-eager-2k", "7b-bf16-graphs",
+          "2b-bf16-graphs-64")  # fmt: skip
+
+CONTEXT = int(0.515 * GIB)
+"""CUDA's own context, taken before vLLM looks at the card: 139.80 - 139.29 GiB (H200), 79.18 - 78.66 (H100)."""
+LOAD_OVERHEAD = int(0.1 * GIB)
+"""Beside the parameters, what loading leaves allocated: 0.07 to 0.11 GiB in all runs."""
+NON_TORCH = int(0.38 * GIB)
+"""Kernel modules, cuBLAS and fragmentation, beside parameters and buffers: 0.30 to 0.44 GiB in all runs."""
+TENSOR_PARALLEL = int(1.5 * GIB)
+"""NCCL and the custom all-reduce at TP above 1. NOT MEASURED HERE: llm-d-planner reports 2.1 GiB where it had planned
+0.6 (accuracy/blog-gpu-capacity.md, vLLM 0.17, H100)."""
+# Bytes at the peak of a text batch, a token: (of the MLP's width, of the hidden size). 3 copies of each in BF16 are
+# gate, up and their product, and hidden states, residual and output; FP8 adds copies of one byte, torch.compile one.
+TEXT_EAGER = {"bf16": (6, 6), "int4": (6, 6), "fp8": (7, 6)}
+TEXT_COMPILED = {"bf16": (6, 8), "int4": (6, 8), "fp8": (6, 7)}
+PATCH_EAGER, PATCH_COMPILED = 29_500, 39_750
+"""Bytes at the peak of the vision encoder, a patch at a width of 1280: 461.5 and 620.9 MiB for 16384 patches."""
+# vLLM reserves CUDA graphs by a trial capture, which overstates what they then take (2.2 GiB for 1.3, 1.0 for 0.4).
+GRAPH, GRAPH_PIECEWISE_LAYER, GRAPH_FULL_LAYER = 3.5 * MIB, 0.061 * MIB, 0.386 * MIB
+"""Bytes of a graph, of a layer in a piecewise one, and of a layer in a full one of 512 sequences (linear below)."""
+
+# Total memory in GiB as CUDA reports it. H100 and H200 were read here; the rest is what their users report, within 0.3.
+CARDS = {"h100": 79.18, "h200": 139.80, "h100-nvl": 93.1, "a100-80gb": 79.2, "a100-40gb": 39.4, "l40s": 44.4,
+         "rtx-6000-ada": 47.4, "l4": 22.0, "b200": 178.4}  # fmt: skip
+USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """vLLM's own flags that change memory, with vLLM's defaults where they are not given."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eager: bool
+    encoder_data_parallel: bool
+    kv_cache_memory_bytes: int | None
+    max_capture_size: int
+
+
+def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
+    """Reads the flags after `--`. Raises UsageError for a value that is no number.
+
+    Defaults by card: vllm/engine/arg_utils.py, `get_batch_defaults`, for the API server.
+    """
+    given: dict[str, str] = {}
+    for argument, following in zip_longest(profile.vllm, profile.vllm[1:], fillvalue=""):
+        if name := argument_name(argument):
+            given[name] = argument.partition("=")[2] if "=" in argument else following
+
+    def number(name: str, default: int) -> int:
+        try:
+            return int(given.get(name, default))
+        except ValueError:
+            raise UsageError(f"{name} {given[name]}: it must be a whole number.") from None
+
+    tokens, seqs = (
+        (2048, 256) if memory_gib < 70 or "a100" in card else (8192, 1024) if memory_gib < 160 else (16384, 1024)
+    )
+    seqs = number("--max-num-seqs", seqs)
+    kv_bytes = number("--kv-cache-memory-bytes", 0)
+    return EngineLimits(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=number("--max-num-batched-tokens", tokens),
+        eager="--enforce-eager" in given,
+        encoder_data_parallel=given.get("--mm-encoder-tp-mode") == "data",
+        kv_cache_memory_bytes=kv_bytes or None,
+        max_capture_size=number("--max-cudagraph-capture-size", min(2 * seqs, 512)),
+    )
+
+
+def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
+    """ "bf16", "fp8" or "int4": how the layers' weights lie in memory. Raises UsageError for a method unknown here."""
+    method = profile.quantization or (geometry.quantization or {}).get("quant_method")
+    if method is None:
+        return "bf16"
+    known = {"fp8": "fp8", "fp8_per_channel": "fp8", "fp8_per_tensor": "fp8", "awq": "int4", "awq_marlin": "int4",
+             "gptq": "int4", "gptq_marlin": "int4"}  # fmt: skip
+    if method not in known:
+        raise UsageError(
+            f"--quantization {method}: the plan does not know it.{nearest(method, known)} Known: {', '.join(known)}."
+        )
+    return known[method]
+
+
+def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> int:
+    """Bytes of the language model on its fullest GPU; embeddings and output head stay BF16.
+
+    In four bits, each group of weights has a scale of 2 bytes and a zero point: 2 bytes as AWQ's kernel holds it, half
+    a byte in GPTQ's.
+    """
+    g = geometry
+    kv_size = g.kv_heads * g.head_size
+    per_layer = g.hidden_size * (2 * g.hidden_size + 2 * max(kv_size, tp * g.head_size) + 3 * g.intermediate_size) // tp
+    if kind == "int4":
+        config = g.quantization or {}
+        zero = 2.0 if config.get("quant_method") == "awq" else 0.5
+        weight = config.get("bits", 4) / 8 + (2 + zero) / config.get("group_size", 128)
+    else:
+        weight = float({"bf16": BF16, "fp8": 1}[kind])
+    ends = g.vocab_size * g.hidden_size * BF16 // tp  # embeddings on the first stage, the head on the last
+    copies = 1 if g.tied_embeddings or pp > 1 else 2
+    rope_cache = 4 * g.max_position_embeddings * g.head_size * BF16  # M-RoPE's table has four times the positions
+    return math.ceil(g.layers / pp) * int(per_layer * weight) + copies * ends + rope_cache
+
+
+def vision_weights(geometry: ModelGeometry, kind: str, tp: int, data_parallel: bool) -> int:
+    """Bytes of the vision encoder on a GPU: every pipeline stage has one. vLLM's FP8 takes its layers too; four-bit
+    checkpoints leave them in BF16."""
+    g = geometry
+    merged = 4 * g.vision_size
+    layers = g.vision_layers * (4 * g.vision_size**2 + 2 * g.vision_size * g.vision_mlp_size)
+    merger = merged * merged + merged * g.hidden_size
+    split = 1 if data_parallel else tp
+    return (layers + merger) * (1 if kind == "fp8" else BF16) // split + PATCH_VALUES * g.vision_size * BF16
+
+
+def encoder_tokens(profile: Profile, limits: EngineLimits) -> int:
+    """Visual tokens that vLLM encodes in one batch when it profiles (multimodal/encoder_budget.py)."""
+    largest = profile.max_visual_tokens
+    per_request = max(1, min(profile.max_images, profile.max_model_len // largest))
+    items = min(max(limits.max_num_batched_tokens, largest) // largest, limits.max_num_seqs * per_request)
+    return max(1, items) * largest
+
+
+def activation_peak(geometry: ModelGeometry, kind: str, profile: Profile, limits: EngineLimits) -> tuple[int, int]:
+    """(peak, of it the encoder's outputs), in bytes: the largest of the vision encoder's batch, and, with its outputs
+    kept, of a text batch or of the sampler. Logits are gathered whole on each GPU: BF16 and FP32."""
+    tokens = encoder_tokens(profile, limits)
+    outputs = tokens * geometry.hidden_size * BF16
+    split = 1 if limits.encoder_data_parallel else profile.tp
+    patch = (PATCH_EAGER if limits.eager else PATCH_COMPILED) * geometry.vision_size // 1280
+    encoder = tokens * PATCHES_PER_TOKEN * patch // split
+    of_mlp, of_hidden = (TEXT_EAGER if limits.eager else TEXT_COMPILED)[kind]
+    per_token = of_mlp * geometry.intermediate_size // profile.tp + of_hidden * geometry.hidden_size
+    text = limits.max_num_batched_tokens * per_token
+    sampled = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    sampler = sampled * geometry.vocab_size * (BF16 + FP32)
+    return max(encoder, outputs + text, outputs + sampler), outputs
+
+
+def capture_sizes(largest: int) -> list[int]:
+    """vLLM's default batch sizes of CUDA graphs up to `largest`: 1, 2, 4, then by 8 to 256, by 16 above."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
+    return [size for size in sizes if size <= largest]
+
+
+def cuda_graphs(geometry: ModelGeometry, kind: str, profile: Profile, limits: EngineLimits) -> int:
+    """Bytes that vLLM reserves for CUDA graphs: piecewise ones for every size, full ones for decode batches."""
+    if limits.eager:
+        return 0
+    sizes = capture_sizes(limits.max_capture_size)
+    full = [size for size in sizes if size <= limits.max_num_seqs]
+    layers = math.ceil(geometry.layers / profile.pp)
+    of_mlp, of_hidden = TEXT_COMPILED[kind]
+    pool = sizes[-1] * (of_mlp * geometry.intermediate_size // profile.tp + of_hidden * geometry.hidden_size)
+    per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + GRAPH_FULL_LAYER * len(full) * full[-1] / 512
+    return int(pool + GRAPH * (len(sizes) + len(full)) + layers * per_layer)
+
+
+def buffers(geometry: ModelGeometry, limits: EngineLimits) -> int:
+    """Bytes that the V2 runner keeps: penalty counts and masks for each sequence over the vocabulary (INT32, and bits),
+    and the embeddings of a batch."""
+    penalties = limits.max_num_seqs * (geometry.vocab_size * FP32 + geometry.vocab_size // 8)
+    return penalties + limits.max_num_batched_tokens * geometry.hidden_size * BF16
+
+
+def kv_bytes_per_token(geometry: ModelGeometry, profile: Profile) -> int:
+    """Bytes of keys and values of one token on one GPU: 327680 for QVQ in BF16, half of it in FP8."""
+    size = 1 if profile.kv_cache_dtype.startswith("fp8") else BF16
+    heads = max(1, geometry.kv_heads // profile.tp)
+    return 2 * math.ceil(geometry.layers / profile.pp) * heads * geometry.head_size * size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each GPU by use; the fullest GPU where they differ."""
+
+    card: str
+    memory: int
+    num_gpus: int
+    profile: Profile
+    uses: dict[str, int]
+    notes: dict[str, str]
+    """How each use was worked out."""
+    requested: int
+    kv_bytes_per_token: int
+    host: int
+    typical_output: int = 2048
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the KV cache."""
+        return sum(self.uses.values()) - self.uses["kv_cache"]
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self.uses["kv_cache"] // (self.kv_bytes_per_token * BLOCK_TOKENS) * BLOCK_TOKENS
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that neither CUDA's context nor vLLM takes."""
+        return self.memory - CONTEXT - self.requested
+
+    def requests(self, tokens: int) -> float:
+        """How many requests of so many tokens fit at once, each rounded up to whole blocks."""
+        blocks = math.ceil(tokens / BLOCK_TOKENS)
+        return self.kv_cache_tokens / BLOCK_TOKENS / blocks
+
+    @property
+    def typical_tokens(self) -> int:
+        """A typical request: one image at the limit, 256 tokens of text, and the output."""
+        return self.profile.max_visual_tokens + 256 + self.typical_output
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+def card_memory(card: str) -> tuple[str, int]:
+    """(name, bytes) of a card by name or by its GiB. Raises UsageError for an unknown name."""
+    try:
+        return f"{float(card):g} GiB", int(float(card) * GIB)
+    except ValueError:
+        name = card.lower()
+    if name not in CARDS:
+        raise UsageError(f"--gpu {card}: not a known card.{nearest(name, CARDS)} Known: {', '.join(CARDS)}, or GiB.")
+    return name.upper(), int(CARDS[name] * GIB)
+
+
+def card_of(gpu: Gpu) -> tuple[str, int]:
+    """(name, bytes) of a card of this machine, as CUDA reports it: NVML, which names it, counts half a percent more."""
+    name = gpu.name.lower()
+    for card in sorted(CARDS, key=len, reverse=True):
+        if all(part in name for part in card.split("-")):
+            return card.upper(), int(CARDS[card] * GIB)
+    return gpu.name, int(gpu.memory_bytes * 0.995)
+
+
+def plan(
+    profile: Profile, geometry: ModelGeometry, card: str, memory: int, num_gpus: int, typical_output: int = 2048
+) -> MemoryPlan:
+    """The plan of a launch on `num_gpus` cards of `memory` bytes. What does not fit is in `problems`."""
+    limits = engine_limits(profile, card.lower(), memory / GIB)
+    kind = weight_kind(profile, geometry)
+    tp, pp = profile.tp, profile.pp
+    peak, outputs = activation_peak(geometry, kind, profile, limits)
+    uses = dict.fromkeys(USES, 0) | {
+        "weights": language_weights(geometry, kind, tp, pp) + LOAD_OVERHEAD,
+        "vision_encoder": vision_weights(geometry, kind, tp, limits.encoder_data_parallel),
+        "activation_peak": peak - outputs,
+        "encoder_cache": outputs,
+        "cuda_graphs": cuda_graphs(geometry, kind, profile, limits),
+        "non_torch": NON_TORCH + buffers(geometry, limits) + (TENSOR_PARALLEL if tp > 1 else 0),
+    }
+    fixed = sum(uses.values())
+    requested = math.ceil(memory * profile.gpu_memory_utilization)
+    if limits.kv_cache_memory_bytes:
+        requested = fixed + limits.kv_cache_memory_bytes
+    uses["kv_cache"] = max(0, requested - fixed)
+    made = MemoryPlan(
+        card=card, memory=memory, num_gpus=num_gpus, profile=profile, uses=uses, requested=requested,
+        notes=explain(profile, limits, kind), kv_bytes_per_token=kv_bytes_per_token(geometry, profile),
+        host=host_bytes(profile, limits), typical_output=typical_output,
+    )  # fmt: skip
+    made.problems.extend(find_problems(made))
+    return made
+
+
+def host_bytes(profile: Profile, limits: EngineLimits) -> int:
+    """Host memory that grows with the limits: pinned token ids and M-RoPE positions (4 of INT32) for each sequence over
+    the context, and the processor cache of 4 GiB in the API process and in the engine."""
+    return limits.max_num_seqs * profile.max_model_len * 4 * FP32 + 2 * 4 * GIB
+
+
+def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]:
+    """How each use was worked out, in a few words."""
+    split = f" / TP {profile.tp}" if profile.tp > 1 else ""
+    stage = f" / PP {profile.pp}" if profile.pp > 1 else ""
+    graphs = "off" if limits.eager else (
+        f"{len(capture_sizes(limits.max_capture_size))} sizes up to {limits.max_capture_size}, as vLLM reserves them"
+    )  # fmt: skip
+    return {
+        "weights": f"{kind}{split}{stage}; embeddings and head in BF16",
+        "vision_encoder": "replicated" if limits.encoder_data_parallel or profile.tp == 1 else f"sharded{split}",
+        "activation_peak": f"{limits.max_num_batched_tokens} tokens a batch, {limits.max_num_seqs} sequences, or the "
+        f"encoder with {encoder_tokens(profile, limits)} visual tokens",
+        "encoder_cache": f"outputs of {encoder_tokens(profile, limits)} visual tokens",
+        "cuda_graphs": graphs,
+        "non_torch": f"libraries{', NCCL (not measured here)' if profile.tp > 1 else ''} and vLLM's buffers for "
+        f"{limits.max_num_seqs} sequences",
+        "kv_cache": f"the rest of {profile.gpu_memory_utilization:g} of the card"
+        if not limits.kv_cache_memory_bytes else "--kv-cache-memory-bytes",
+    }  # fmt: skip
+
+
+def find_problems(made: MemoryPlan) -> list[str]:
+    """What does not fit, each with the numbers."""
+    profile, problems = made.profile, []
+    if profile.tp * profile.pp > made.num_gpus:
+        problems.append(
+            f"--tp {profile.tp} x --pp {profile.pp} needs {profile.tp * profile.pp} GPUs, and there are {made.num_gpus}"
+        )
+    if made.requested > made.memory - CONTEXT:
+        problems.append(
+            f"{made.requested / GIB:.1f} GiB are requested of each card, which has {(made.memory - CONTEXT) / GIB:.1f}"
+        )
+    if made.fixed > made.requested:
+        problems.append(
+            f"weights and working memory take {made.fixed / GIB:.1f} GiB of each card, above the "
+            f"{made.requested / GIB:.1f} requested"
+        )
+    elif made.kv_cache_tokens < profile.max_model_len:
+        problems.append(
+            f"the KV cache holds {made.kv_cache_tokens} tokens, fewer than --max-model-len {profile.max_model_len}"
+        )
+    return problems
+
+
+def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
+    """The plan for a reader: each use in GiB with how it was worked out, then requests, problems and what would fit."""
+    profile = made.profile
+    lines = [f"{profile.model} on {made.num_gpus} x {made.card} ({made.memory / GIB:.1f} GiB), "
+             f"TP {profile.tp}, PP {profile.pp}; GiB of each GPU:"]  # fmt: skip
+    lines += [f"  {name:16}{made.uses[name] / GIB:8.2f}  {made.notes[name]}" for name in USES]
+    lines += [
+        f"  {'requested':16}{made.requested / GIB:8.2f}",
+        f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {CONTEXT / GIB:.2f} of CUDA's own",
+        f"host memory that grows with the limits: {made.host / GIB:.1f} GiB (pinned buffers, processor caches)",
+        f"KV cache: {made.kv_cache_tokens} tokens of {made.kv_bytes_per_token} bytes a GPU; at once "
+        f"{made.requests(profile.max_model_len):.1f} requests of {profile.max_model_len} tokens, "
+        f"{made.requests(made.typical_tokens):.1f} typical ones of {made.typical_tokens} "
+        f"({profile.max_visual_tokens} of image, 256 of text, {made.typical_output} of output)",
+    ]
+    lines += [f"does not fit: {problem}" for problem in made.problems]
+    lines += [
+        f"  would fit: {s['change']} ({s['flags']}): {s['kv_cache_tokens']} tokens of KV cache" for s in suggestions
+    ]
+    if made.problems and not suggestions:
+        lines.append("  no change or pair of changes that the planner knows would fit")
+    return "\n".join(lines)
+
+
+def as_json(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plan as --json prints it; memory in GiB."""
+    gib = {name: round(value / GIB, 3) for name, value in made.uses.items()}
+    return {
+        "gpu": {"name": made.card, "memory_gib": round(made.memory / GIB, 2)},
+        "num_gpus": made.num_gpus, "tp": made.profile.tp, "pp": made.profile.pp,
+        "quantization": made.profile.quantization, "kv_cache_dtype": made.profile.kv_cache_dtype,
+        "per_gpu_gib": gib | {"requested": round(made.requested / GIB, 3), "headroom": round(made.headroom / GIB, 3)},
+        "host_gib": round(made.host / GIB, 2),
+        "kv_bytes_per_token": made.kv_bytes_per_token, "kv_cache_tokens": made.kv_cache_tokens,
+        "max_requests": {"at_max_model_len": round(made.requests(made.profile.max_model_len), 2),
+                         "typical": round(made.requests(made.typical_tokens), 1)},
+        "fits": made.fits, "problems": made.problems, "suggestions": suggestions,
+    }  # fmt: skip

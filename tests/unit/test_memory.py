@@ -1,0 +1,163 @@
+"""The memory plan: its arithmetic, and what vLLM measured on real cards."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.check_plan import Comparison, compare
+from qvq_serve import memory
+from qvq_serve.advice import fit, suggestions
+from qvq_serve.errors import UsageError
+from qvq_serve.gpu import GIB, Gpu
+from qvq_serve.memory import FITTED, MemoryPlan, card_memory, card_of, engine_limits, kv_bytes_per_token, plan
+from qvq_serve.model import ModelGeometry
+from qvq_serve.profile import Profile
+
+RUNS = json.loads((Path(__file__).parents[2] / "benchmarks/results/memory_2026-11-24.json").read_text())
+QVQ = ModelGeometry.load("qvq-72b")
+H100, H200 = card_memory("h100")[1], card_memory("h200")[1]
+
+
+def planned(profile: Profile, memory_bytes: int = H200, gpus: int = 1) -> MemoryPlan:
+    return plan(profile, ModelGeometry.load(profile.model), "H200", memory_bytes, gpus)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run["setting"]["name"])
+def test_each_measured_run_is_planned_within_the_limits(run: dict[str, object]) -> None:
+    """KV tokens and weights within 3 %, everything but the KV cache within 2 %, no use off by more than 0.7 GiB."""
+    found: Comparison = compare(run)
+    assert found.broken == [], found
+
+
+def test_runs_that_nothing_was_fitted_on_are_among_them() -> None:
+    names = {run["setting"]["name"] for run in RUNS}
+    assert set(FITTED) <= names
+    assert len(names - set(FITTED)) >= 3
+    assert sum(run["setting"]["model"].startswith("qvq-72b") for run in RUNS) >= 8
+    assert {run["measured"]["gpu"] for run in RUNS} == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
+
+
+def test_the_planner_has_no_table_keyed_by_setting() -> None:
+    code = re.sub(r"FITTED = \(.*?\)", "", Path(memory.__file__).read_text(), flags=re.DOTALL)
+    assert not [run["setting"]["name"] for run in RUNS if run["setting"]["name"] in code]
+
+
+def test_a_token_of_qvq_takes_320_kib_in_bf16_and_160_in_fp8() -> None:
+    assert kv_bytes_per_token(QVQ, Profile()) == 320 * 1024
+    assert kv_bytes_per_token(QVQ, Profile(kv_cache_dtype="fp8")) == 160 * 1024
+    assert kv_bytes_per_token(QVQ, Profile(tp=4)) == 80 * 1024
+    assert kv_bytes_per_token(QVQ, Profile(pp=2)) == 160 * 1024
+    assert kv_bytes_per_token(QVQ, Profile(tp=16)) == 40 * 1024  # 8 heads are repeated, not divided further
+
+
+def test_qvq_in_bf16_weighs_147_gb() -> None:
+    made = planned(Profile())
+    total = made.uses["weights"] + made.uses["vision_encoder"] - memory.LOAD_OVERHEAD
+    assert total / 1e9 == pytest.approx(146.8, rel=0.005)
+
+
+def test_tensor_parallelism_divides_weights_and_the_vision_encoder_unless_it_is_split_by_data() -> None:
+    one, four = planned(Profile()), planned(Profile(tp=4), gpus=4)
+    assert four.uses["weights"] / one.uses["weights"] == pytest.approx(0.25, abs=0.01)
+    assert four.uses["vision_encoder"] / one.uses["vision_encoder"] == pytest.approx(0.25, abs=0.01)
+    by_data = planned(Profile(tp=4, vllm=("--mm-encoder-tp-mode", "data")), gpus=4)
+    assert by_data.uses["vision_encoder"] == one.uses["vision_encoder"]
+
+
+def test_pipeline_stages_divide_the_layers_and_each_has_a_vision_encoder() -> None:
+    one, two = planned(Profile()), planned(Profile(pp=2), gpus=2)
+    assert two.uses["weights"] / one.uses["weights"] == pytest.approx(0.5, abs=0.01)
+    assert two.uses["vision_encoder"] == one.uses["vision_encoder"]
+
+
+def test_larger_images_batches_and_graphs_take_more() -> None:
+    base = planned(Profile())
+    assert planned(Profile(max_visual_tokens=16384)).uses["encoder_cache"] > base.uses["encoder_cache"]
+    wide = planned(Profile(vllm=("--max-num-batched-tokens", "16384")))
+    assert wide.uses["activation_peak"] > 1.9 * base.uses["activation_peak"]
+    assert planned(Profile(vllm=("--enforce-eager",))).uses["cuda_graphs"] == 0
+    assert planned(Profile(vllm=("--max_num_seqs=128",))).uses["non_torch"] < base.uses["non_torch"] - 0.4 * GIB
+
+
+def test_the_uses_add_up_to_what_is_requested() -> None:
+    made = planned(Profile(quantization="fp8_per_channel"))
+    assert sum(made.uses.values()) == made.requested
+    assert made.requested + made.headroom + memory.CONTEXT == made.memory
+
+
+def test_a_kv_cache_in_bytes_is_taken_as_given() -> None:
+    made = planned(Profile(quantization="fp8_per_channel", vllm=("--kv-cache-memory-bytes", str(20 * GIB))))
+    assert made.uses["kv_cache"] == 20 * GIB
+    assert made.kv_cache_tokens == 20 * GIB // (320 * 1024 * 16) * 16
+
+
+def test_vllms_defaults_follow_the_card() -> None:
+    def limits(card: str) -> tuple[int, int]:
+        found = engine_limits(Profile(), card, card_memory(card)[1] / GIB)
+        return found.max_num_batched_tokens, found.max_num_seqs
+
+    assert limits("h100") == limits("h200") == (8192, 1024)
+    assert limits("a100-80gb") == limits("l40s") == (2048, 256)
+    assert limits("b200") == (16384, 1024)
+
+
+def test_what_does_not_fit_is_said_with_changes_that_do() -> None:
+    made = planned(Profile(), H100)
+    assert not made.fits
+    assert "weights and working memory take 142.3 GiB of each card, above the 72.8 requested" in made.problems[0]
+    found = suggestions(made)
+    assert [s["flags"] for s in found] == ["--tp 8", "--tp 4", "--model qvq-72b-awq"]
+    for suggestion in found:  # each was tried
+        assert suggestion["kv_cache_tokens"] > 32768
+
+
+def test_two_changes_are_tried_where_one_is_not_enough() -> None:
+    made = plan(Profile(max_model_len=128_000), QVQ, "H100", H100, 1)
+    assert suggestions(made, most_gpus=1)[0]["flags"].count("--") == 2
+
+
+def test_a_cache_smaller_than_the_context_does_not_fit() -> None:
+    made = planned(Profile(model="qvq-72b-awq", max_model_len=128_000), H100)
+    assert "fewer than --max-model-len 128000" in made.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "tp", "model", "quantization"),
+    [
+        ("h100", 1, 1, "qvq-72b-awq", None),
+        ("h100", 2, 2, "qvq-72b", "fp8_per_channel"),
+        ("h100", 4, 4, "qvq-72b", None),
+        ("h200", 1, 1, "qvq-72b", "fp8_per_channel"),
+        ("h200", 2, 2, "qvq-72b", None),
+    ],
+)
+def test_fit_takes_the_highest_precision_with_room(
+    card: str, gpus: int, tp: int, model: str, quantization: str | None
+) -> None:
+    profile = fit(Profile(), *card_memory(card), gpus, 2048).profile
+    assert (profile.tp, profile.model, profile.quantization) == (tp, model, quantization)
+
+
+def test_fit_says_when_nothing_fits() -> None:
+    with pytest.raises(UsageError, match="no setting of QVQ-72B fits 1 x L4"):
+        fit(Profile(), *card_memory("l4"), 1, 2048)
+
+
+def test_cards_are_known_by_name_by_gib_and_by_what_the_driver_calls_them() -> None:
+    assert card_memory("H200") == ("H200", int(139.8 * GIB))
+    assert card_memory("96") == ("96 GiB", 96 * GIB)
+    with pytest.raises(UsageError, match=r"--gpu h20O: not a known card\. Did you mean 'h200'"):
+        card_memory("h20O")
+    assert card_of(Gpu(0, "NVIDIA A100-SXM4-80GB", 0))[0] == "A100-80GB"
+    assert card_of(Gpu(0, "NVIDIA H100 NVL", 0))[0] == "H100-NVL"
+    assert card_of(Gpu(0, "NVIDIA H100 80GB HBM3", 0))[0] == "H100"
+    assert card_of(Gpu(0, "Some card", 1000)) == ("Some card", 995)
+
+
+def test_an_unknown_quantisation_gets_the_nearest_known_one() -> None:
+    with pytest.raises(UsageError, match=r"--quantization fp8_per_chanel: .* Did you mean 'fp8_per_channel'"):
+        planned(Profile(quantization="fp8_per_chanel"))
+    with pytest.raises(UsageError, match="--max-num-seqs many: it must be a whole number"):
+        planned(Profile(vllm=("--max-num-seqs", "many")))
