@@ -86,6 +86,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
+    serve.add_argument("--force", action="store_true", help="start against what `check` refuses")
+
     server_flags(add("check", "refuse what cannot work on this machine, before the minutes of loading", run_check))
 
     download = add(
@@ -281,9 +283,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         # Where this machine has no GPU, a model that needs them is shown as on one that has.
         print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN)))
         return 0
-    preflight.check_usage(profile)
-    preflight.check_gpus(resolved, gpus)
-    preflight.check_port(profile)
+    for passed_over in preflight.check_start(resolved, gpus, arguments.force):
+        say(f"--force goes on against this: {passed_over}")
     launch = engine.command(profile, gpus=len(gpus))
     if profile.model == DEMO:
         demo.ensure()
@@ -291,7 +292,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         from qvq_serve.download import download
 
         download(profile.model)
-    preflight.check_start(resolved, gpus)
+    preflight.check_model(profile)
     for name, reason in launch.reasons.items():
         say(f"{name}: {reason}")
     if profile.host not in ("127.0.0.1", "localhost", "::1") and not launch.secrets:
@@ -348,6 +349,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from qvq_serve import engine, preflight
 
     preflight.check_start(resolved, gpus)
+    preflight.check_model(resolved.profile)
     engine.command(resolved.profile, gpus=len(gpus))
     print("nothing stands against a start")
     return 0

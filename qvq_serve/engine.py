@@ -18,6 +18,7 @@ from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = "qvq"
+PLUGIN = "qvq_serve"
 PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
 """The profile as JSON, without the key, for the processes that vLLM starts. Not --additional-config, which vLLM hashes
 into its compile cache's key: a changed limit would compile again."""
@@ -31,6 +32,7 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--served-model-name": "--served-model-name",
     "--api-key": "--api-key",
     "--config": "--config",
+    "--worker-extension-cls": None,
     "--limit-mm-per-prompt": "--max-images",
     "--mm-processor-kwargs": "--max-visual-tokens",
     "--chat-template": "--system-prompt",
@@ -77,6 +79,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model
             f"{profile.min_visual_tokens} to {profile.max_visual_tokens} visual tokens an image, in pixels",
         ),
         ("--chat-template", str(CHAT_TEMPLATE), "QVQ's template, with the system prompt as a variable"),
+        ("--worker-extension-cls", "qvq_serve.worker.WorkerMemory", "each worker tells what memory it takes"),
         (
             "--default-chat-template-kwargs",
             {"system_prompt": profile.system_prompt},
@@ -94,6 +97,8 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model
 
     # The model is a local directory: nothing is asked of a hub, and nothing is reported to one.
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
+    environment["VLLM_PLUGINS"] = ",".join(plugin_names())
+    reasons["VLLM_PLUGINS"] = "vLLM loads our endpoint plugin only where it is named, and then only what is named"
     reasons["VLLM_MEDIA_CONNECTOR"] = "our connector: image time limit, shapes and errors (qvq_serve/hooks/images.py)"
     workers = profile.tp * profile.pp
     if not gpus and workers > 1:
@@ -102,6 +107,16 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model
     environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k != "api_key"})
     key = profile.key()
     return Command(environment, [*argv, *profile.vllm], reasons, {"VLLM_API_KEY": key} if key else {})
+
+
+def plugin_names() -> list[str]:
+    """The plugins that vLLM is to load: those that VLLM_PLUGINS names, or all that are installed, and ours."""
+    from importlib.metadata import entry_points
+
+    if (named := os.environ.get("VLLM_PLUGINS")) is not None:
+        return sorted({*filter(None, named.split(",")), PLUGIN})
+    groups = ("general", "platform", "io_processor", "stat_logger", "endpoint")
+    return sorted({e.name for group in groups for e in entry_points(group=f"vllm.{group}_plugins")} | {PLUGIN})
 
 
 def served_name(profile: Profile) -> str:
@@ -118,7 +133,9 @@ def refuse_owned(arguments: tuple[str, ...]) -> None:
     for argument in arguments:
         name = argument_name(argument)
         if name in OWNED:
-            raise UsageError(f"{name} after -- is set by qvq-serve's own {OWNED[name]}; give that instead.")
+            ours = OWNED[name]
+            reason = f"set by qvq-serve's own {ours}; give that instead" if ours else "used by qvq-serve itself"
+            raise UsageError(f"{name} after -- is {reason}.")
     if arguments and not arguments[0].startswith("-"):
         raise UsageError(f"'{arguments[0]}' after --: vLLM's own flags are expected there; --model names the model.")
 
@@ -193,11 +210,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def prove_plugin() -> None:
     """vLLM drops a plugin that fails with a log line; raises StartError where ours is not in."""
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
-    from vllm.plugins import load_general_plugins
+    from vllm.plugins import ENDPOINT_PLUGINS_GROUP, load_general_plugins, load_plugins_by_group
 
     load_general_plugins()
-    if CONNECTOR not in MEDIA_CONNECTOR_REGISTRY.name2class:
+    missing = [] if CONNECTOR in MEDIA_CONNECTOR_REGISTRY.name2class else ["the media connector"]
+    missing += [] if PLUGIN in load_plugins_by_group(ENDPOINT_PLUGINS_GROUP) else ["the endpoint plugin"]
+    if missing:
         raise StartError(
-            f"vLLM did not load the plugin 'qvq_serve' (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', '')}): add "
-            "qvq_serve to VLLM_PLUGINS, or install the package again."
+            f"vLLM did not load {' and '.join(missing)} of the package qvq-serve; its log above says why. Install the "
+            "package again: pip install -e ."
         )

@@ -19,6 +19,42 @@ class Gpu:
         return self.memory_bytes / GIB
 
 
+def used_bytes(gpus: list[Gpu]) -> list[int]:
+    """Bytes in use on each card, by all processes, as the driver counts them."""
+    if not gpus:
+        return []
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(gpu.index)).used) for gpu in gpus]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version: "580.159.04"."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def processes_on(gpu: Gpu) -> list[tuple[int, int]]:
+    """(pid, bytes) of the processes that compute on a card; 0 bytes where the driver does not tell."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(gpu.index))
+        return [(process.pid, process.usedGpuMemory or 0) for process in found]
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def visible_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order; empty where there is no driver."""
     import pynvml

@@ -293,6 +293,16 @@ def plan(
     return made
 
 
+def plan_host(profile: Profile, geometry: ModelGeometry) -> dict[str, int]:
+    """Planned bytes of host memory on a machine without a GPU: weights, and the KV cache where its size is given."""
+    limits = engine_limits(profile, "cpu", 0)
+    table = 4 * geometry.max_position_embeddings * geometry.head_size * BF16  # M-RoPE's, which is a buffer there
+    weights = language_weights(geometry, "bf16", profile.tp, profile.pp) - table
+    weights += vision_weights(geometry, "bf16", profile.tp, limits.encoder_data_parallel)
+    size = FP32 if "float32" in profile.vllm else BF16
+    return {"weights": weights * size // BF16, "kv_cache": limits.kv_cache_memory_bytes or 0}
+
+
 def host_bytes(profile: Profile, limits: EngineLimits) -> int:
     """Host memory that grows with the limits: pinned token ids and M-RoPE positions (4 of INT32) for each sequence over
     the context, and the processor cache of 4 GiB in the API process and in the engine."""

@@ -1,14 +1,23 @@
 """Each reason not to start, found before anything is loaded: the value seen, and what would do."""
 
 import os
+import resource
+import shutil
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qvq_serve.errors import StartError, UsageError
-from qvq_serve.gpu import GIB, Gpu
+from qvq_serve.advice import suggestions
+from qvq_serve.errors import QvqError, StartError, UsageError
+from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
+from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
 from qvq_serve.profile import Profile, Resolved
 
+LEAST_DRIVER = 580
+LEAST_OPEN_FILES = 4096
+LEAST_SHM_BYTES = GIB // 4
+"""Of /dev/shm, a worker: vLLM's message ring takes 10 chunks of 16 MiB, the rest is NCCL's."""
 CPU_OVERHEAD_GIB = 5
 """Host memory of a server on the CPU beside weights and KV cache: three processes hold 4.4 GiB (2026-11-24)."""
 
@@ -17,6 +26,8 @@ def check_usage(profile: Profile) -> None:
     """What can be told from the flags and the model's config alone. Raises UsageError."""
     geometry = ModelGeometry.load(profile.model)
     check_split(geometry, profile)
+    check_groups(geometry, profile)
+    check_encoder_budget(profile, engine_limits(profile, "", 80))
     if profile.max_model_len > geometry.max_position_embeddings:
         raise UsageError(
             f"--max-model-len {profile.max_model_len} is above the model's context of "
@@ -116,10 +127,114 @@ def check_port(profile: Profile) -> None:
         ) from None
 
 
-def check_start(resolved: Resolved, gpus: list[Gpu]) -> None:
-    """All that can be told of this machine before anything is loaded. Raises the first UsageError or StartError."""
-    check_usage(resolved.profile)
-    check_gpus(resolved, gpus)
-    check_port(resolved.profile)
-    check_model(resolved.profile)
-    check_host_memory(resolved.profile, gpus)
+def check_groups(geometry: ModelGeometry, profile: Profile) -> None:
+    """Quantisation groups that no split cuts: 29568 = 128 x 231 divides into groups of 128 on one GPU only.
+
+    Raises UsageError.
+    """
+    group = (geometry.quantization or {}).get("group_size") or 1
+    share = geometry.intermediate_size // profile.tp
+    if group > 1 and share % group:
+        raise UsageError(
+            f"--tp {profile.tp}: {geometry.intermediate_size} MLP columns give each GPU {share}, which is no multiple "
+            f"of the checkpoint's quantisation groups of {group}; use --tp 1, or a checkpoint padded to 29696 "
+            "(qvq-72b-awq)."
+        )
+
+
+def check_encoder_budget(profile: Profile, limits: EngineLimits) -> None:
+    """An image that must be encoded whole in one batch, and is larger than that. Raises UsageError."""
+    whole = "--disable-chunked-mm-input" in profile.vllm
+    if whole and profile.max_visual_tokens > limits.max_num_batched_tokens:
+        raise UsageError(
+            f"--max-visual-tokens {profile.max_visual_tokens} is above --max-num-batched-tokens "
+            f"{limits.max_num_batched_tokens}, and --disable-chunked-mm-input wants an image in one batch; lower the "
+            "one or raise the other."
+        )
+
+
+def check_memory(made: MemoryPlan) -> None:
+    """A plan that fits its cards. Raises StartError with what would fit."""
+    if not made.fits:
+        would = "; ".join(f"{s['change']} ({s['flags']})" for s in suggestions(made, made.num_gpus)[:3])
+        raise StartError(
+            f"{made.problems[0]}. {f'Would fit: {would}.' if would else '`qvq-serve plan` shows each use.'}"
+        )
+
+
+def check_others(gpu: Gpu, processes: list[tuple[int, int]], utilization: float) -> None:
+    """Room beside other processes, (pid, bytes), on a card. Raises StartError with their pids and GiB."""
+    taken = sum(used for _, used in processes)
+    if taken > gpu.memory_bytes * (1 - utilization):
+        shown = ", ".join(f"{pid} ({used / GIB:.1f} GiB)" for pid, used in processes)
+        most = max(0.0, 1 - taken / gpu.memory_bytes - 0.01)
+        raise StartError(
+            f"GPU {gpu.index} ({gpu.name}) is in use by process {shown}, and --gpu-memory-utilization {utilization:g} "
+            f"leaves no room for that; stop it, choose another card (CUDA_VISIBLE_DEVICES), or give at most {most:.2f}."
+        )
+
+
+def check_driver(version: str) -> None:
+    """A driver that CUDA 13, which vLLM 0.32's wheels are built with, runs on. Raises StartError."""
+    if int(version.split(".")[0]) < LEAST_DRIVER:
+        raise StartError(
+            f"the NVIDIA driver is {version}, and CUDA 13 needs {LEAST_DRIVER} or newer; update the driver."
+        )
+
+
+def check_shared_memory(workers: int, free_bytes: int) -> None:
+    """Shared memory for the workers' messages, and NCCL's. Raises StartError."""
+    needed = LEAST_SHM_BYTES * workers if workers > 1 else 0
+    if free_bytes < needed:
+        raise StartError(
+            f"/dev/shm has {free_bytes / GIB:.2f} GiB free, and {workers} workers need {needed / GIB:g}; make it "
+            "larger (docker run --shm-size 8g; Kubernetes: an emptyDir with medium Memory)."
+        )
+
+
+def check_open_files(limit: int) -> None:
+    """Files for connections, shards and messages, by the hard limit: vLLM raises its soft one up to it.
+
+    Raises StartError.
+    """
+    if limit < LEAST_OPEN_FILES:
+        raise StartError(
+            f"this process may open {limit} files, and each connection takes one; {LEAST_OPEN_FILES} or more would "
+            f"do (ulimit -Hn {LEAST_OPEN_FILES})."
+        )
+
+
+def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
+    """The checks of a start on this machine, in their order; each raises UsageError or StartError."""
+    profile = resolved.profile
+    workers = profile.tp * profile.pp
+    yield lambda: check_usage(profile)
+    yield lambda: check_gpus(resolved, gpus)
+    yield lambda: check_port(profile)
+    yield lambda: check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    if os.path.isdir("/dev/shm"):
+        yield lambda: check_shared_memory(workers, shutil.disk_usage("/dev/shm").free)
+    if gpus:
+        yield lambda: check_driver(driver_version())
+        for gpu in gpus[:workers]:
+            yield lambda gpu=gpu: check_others(gpu, processes_on(gpu), profile.gpu_memory_utilization)  # type: ignore[misc]
+        smallest = min(gpus[:workers], key=lambda gpu: gpu.memory_bytes)
+        yield lambda: check_memory(plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus)))
+    else:
+        yield lambda: check_host_memory(profile, gpus)
+
+
+def check_start(resolved: Resolved, gpus: list[Gpu], force: bool = False) -> list[str]:
+    """All that can be told before weights are brought or loaded. Raises the first UsageError or StartError.
+
+    With `force` none is raised; returns what stood against the start.
+    """
+    passed_over = []
+    for check in machine_checks(resolved, gpus):
+        try:
+            check()
+        except QvqError as error:
+            if not force:
+                raise
+            passed_over.append(str(error))
+    return passed_over

@@ -1,12 +1,16 @@
 """What a client of the OpenAI API gets from the real server."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
+import pytest
 
 from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
 from tests.engine.conftest import KEY, Server, data_url, photo, user
@@ -74,6 +78,33 @@ def test_models_health_and_metrics_answer(server: Server) -> None:
     assert [model["id"] for model in models["data"]] == ["qvq-demo"]
     assert server.alive()
     assert "vllm:num_requests_running" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_memory_is_planned_and_measured_in_the_log_and_in_the_metrics(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics").text
+    figures = dict(re.findall(r"^(qvq_memory_\w+\{.*\}) (\S+)$", text, re.MULTILINE))
+    cache = 'qvq_memory_bytes{{gpu="cpu",source="{}",use="kv_cache"}}'
+    assert float(figures[cache.format("planned")]) == float(figures[cache.format("measured")]) == 2**29
+    resident = float(figures['qvq_memory_bytes{gpu="cpu",source="measured",use="resident"}'])
+    worker = next(
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "VLLM::Worker" in " ".join(process.cmdline())
+    )
+    assert resident == pytest.approx(worker.memory_info().rss, rel=0.25)
+    assert float(figures['qvq_memory_headroom_bytes{gpu="cpu"}']) > 2**30
+    assert "memory of cpu, kv_cache: planned 0.500 GiB, measured 0.500, difference +0.000" in server.log.read_text()
+
+
+def test_memory_is_read_again_and_the_engine_answers_meanwhile(server: Server) -> None:
+    def resident() -> str:
+        text = httpx.get(f"{server.url}/metrics").text
+        return re.search(r'use="resident"\} (\S+)', text)[1]
+
+    before, deadline = resident(), time.monotonic() + 60
+    while resident() == before and time.monotonic() < deadline:
+        assert server.chat(user({"url": data_url(photo(980, 980, int(time.time())))}, "What?")).status_code == 200
+    assert resident() != before
 
 
 def test_without_the_key_nothing_is_answered_and_the_key_is_nowhere_to_be_seen(server: Server) -> None:

@@ -45,6 +45,18 @@ def test_every_flag_that_we_set_is_owned() -> None:
     assert {a for a in argv if a.startswith("--")} <= set(OWNED)
 
 
+def test_the_memory_probe_of_the_workers_cannot_be_replaced() -> None:
+    with pytest.raises(UsageError, match="--worker-extension-cls after -- is used by qvq-serve itself"):
+        command(Profile(vllm=("--worker-extension-cls", "x.Y")), gpus=1)
+
+
+def test_plugins_that_are_named_outside_stay_and_ours_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    assert command(Profile(), gpus=1).environment["VLLM_PLUGINS"] == "qvq_serve,theirs"
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert "qvq_serve" in command(Profile(), gpus=1).environment["VLLM_PLUGINS"].split(",")
+
+
 def test_a_model_after_the_dashes_is_refused() -> None:
     with pytest.raises(UsageError, match="--model names the model"):
         command(Profile(vllm=("Qwen/Qwen2-VL-7B",)), gpus=1)

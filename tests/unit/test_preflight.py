@@ -1,13 +1,28 @@
 """Reasons not to start, each with the value seen and what would do."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qvq_serve.errors import StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu
-from qvq_serve.preflight import check_gpus, check_model, check_port, check_usage
+from qvq_serve.memory import MemoryPlan, plan
+from qvq_serve.model import ModelGeometry
+from qvq_serve.preflight import (
+    check_driver,
+    check_gpus,
+    check_groups,
+    check_memory,
+    check_model,
+    check_open_files,
+    check_others,
+    check_port,
+    check_shared_memory,
+    check_start,
+    check_usage,
+)
 from qvq_serve.profile import Profile, Resolved, resolve, shipped_profile
 
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", int(79.6 * GIB))
@@ -64,6 +79,67 @@ def test_too_few_or_too_small_gpus_are_refused() -> None:
     with pytest.raises(StartError, match=r"GPU 0 \(NVIDIA H100 80GB HBM3\) has 79.6 GiB, .* made for 138"):
         check_gpus(resolve({}, {}, (shipped_profile("qvq72b_h200x1_fp8"),)), [H100])
     check_gpus(resolve({}, {}, (shipped_profile("qvq72b_h100x1_int4"),)), [H100])
+
+
+def test_groups_that_the_split_cuts_are_refused() -> None:
+    groups = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    unpadded = replace(ModelGeometry.load("qvq-72b"), quantization=groups)
+    check_groups(unpadded, Profile(tp=1))
+    with pytest.raises(UsageError, match=r"--tp 2: 29568 MLP columns give each GPU 14784, .* groups of 128"):
+        check_groups(unpadded, Profile(tp=2))
+    for tp in (1, 2, 4, 8):
+        check_groups(ModelGeometry.load("qvq-72b-awq"), Profile(tp=tp))
+
+
+def test_an_image_that_must_be_encoded_whole_and_is_larger_than_a_batch_is_refused() -> None:
+    whole = ("--disable-chunked-mm-input", "--max-num-batched-tokens", "1024")
+    with pytest.raises(UsageError, match="--max-visual-tokens 1280 is above --max-num-batched-tokens 1024"):
+        check_usage(Profile(vllm=whole))
+    check_usage(Profile(vllm=whole[1:]))
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_what_would() -> None:
+    def planned(memory_bytes: int, gpus: int) -> MemoryPlan:
+        return plan(Profile(), ModelGeometry.load("qvq-72b"), "H100", memory_bytes, gpus)
+
+    with pytest.raises(StartError, match=r"take 142\.3 GiB .* Would fit: .*--tp 4"):
+        check_memory(planned(H100.memory_bytes, 4))
+    with pytest.raises(StartError, match="`qvq-serve plan` shows each use"):
+        check_memory(planned(20 * GIB, 1))
+    check_memory(planned(200 * GIB, 1))
+
+
+def test_a_card_that_others_use_is_refused_with_their_pids() -> None:
+    with pytest.raises(StartError, match=r"in use by process 4242 \(10\.0 GiB\), .* give at most 0\.86"):
+        check_others(H100, [(4242, 10 * GIB)], 0.92)
+    check_others(H100, [(4242, GIB)], 0.92)
+
+
+def test_an_old_driver_is_refused() -> None:
+    with pytest.raises(StartError, match=r"the NVIDIA driver is 535\.104\.05, and CUDA 13 needs 580"):
+        check_driver("535.104.05")
+    check_driver("580.159.04")
+
+
+def test_small_shared_memory_is_refused_for_several_workers_only() -> None:
+    with pytest.raises(StartError, match=r"/dev/shm has 0\.06 GiB free, and 4 workers need 1;"):
+        check_shared_memory(4, 64 * 2**20)
+    check_shared_memory(1, 64 * 2**20)
+
+
+def test_too_few_files_are_refused() -> None:
+    with pytest.raises(StartError, match=r"may open 1024 files, .*ulimit -Hn 4096"):
+        check_open_files(1024)
+    check_open_files(65536)
+
+
+def test_force_goes_on_and_says_against_what() -> None:
+    resolved = with_gpus(Profile(tp=3, port=18997))
+    with pytest.raises(UsageError, match="--tp 3"):
+        check_start(resolved, [])
+    passed_over = check_start(resolved, [], force=True)
+    assert [text.split(":")[0] for text in passed_over][:1] == ["--tp 3"]
+    assert any("no NVIDIA GPU is visible" in text for text in passed_over)
 
 
 def test_a_port_in_use_is_refused() -> None:

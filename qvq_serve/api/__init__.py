@@ -1,0 +1,1 @@
+"""What our server adds to vLLM's, in the API process."""
