@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         hide_key()
         argv = sys.argv[1:]
-    arguments, _, vllm = split(list(argv))
+    arguments, vllm = split(list(argv))
     debug = "--debug" in arguments
     try:
         return dispatch(arguments, tuple(vllm))
@@ -133,12 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
-    """Our arguments, whether there is a `--`, and what follows it."""
-    if "--" not in argv:
-        return argv, False, []
-    at = argv.index("--")
-    return argv[:at], True, argv[at + 1 :]
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and what follows `--`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
@@ -155,6 +153,10 @@ def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
     if vllm and arguments[0] not in ("serve", "check", "plan"):
         raise UsageError(f"`qvq-serve {arguments[0]}` starts no vLLM, so nothing can follow --.")
     known.vllm = vllm
+    if getattr(known, "profile", None) == "list":
+        return print_profiles()
+    if getattr(known, "print_config", False):
+        return print_config(chosen(known)[0])
     run: Callable[[argparse.Namespace], int] = known.run
     return run(known)
 
@@ -269,11 +271,7 @@ def print_config(resolved: "Resolved") -> int:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`serve`: choose, refuse what cannot be, bring what is missing, and serve until told to stop."""
-    if arguments.profile == "list":
-        return print_profiles()
     resolved, gpus = chosen(arguments)
-    if arguments.print_config:
-        return print_config(resolved)
     from qvq_serve import demo, engine, preflight
     from qvq_serve.model import DEMO, KNOWN, locate, missing_files
 
@@ -304,8 +302,6 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """`plan`: GPU memory by use, what fits and what would; exit code 0 if it fits, 4 if not."""
-    if arguments.profile == "list":
-        return print_profiles()
     import json
 
     from qvq_serve import advice, memory
@@ -313,8 +309,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from qvq_serve.preflight import check_split
 
     resolved, gpus = chosen(arguments, pick=False)
-    if arguments.print_config:
-        return print_config(resolved)
     profile = resolved.profile
     if arguments.gpu:
         card, size = memory.card_memory(arguments.gpu)
@@ -341,11 +335,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """`check`: all that a start would refuse; exit code 0 where it would go on to load."""
-    if arguments.profile == "list":
-        return print_profiles()
     resolved, gpus = chosen(arguments)
-    if arguments.print_config:
-        return print_config(resolved)
     from qvq_serve import engine, preflight
 
     preflight.check_start(resolved, gpus)
