@@ -33,6 +33,8 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--api-key": "--api-key",
     "--config": "--config",
     "--worker-extension-cls": None,
+    "--generation-config": "--temperature",
+    "--override-generation-config": "--temperature",
     "--limit-mm-per-prompt": "--max-images",
     "--mm-processor-kwargs": "--max-visual-tokens",
     "--chat-template": "--system-prompt",
@@ -66,7 +68,14 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model
     least, most = visual.pixels(profile.min_visual_tokens), visual.pixels(profile.max_visual_tokens)
     limits = {"image": profile.max_images, "video": 0}
     sizes = {"size": {"shortest_edge": least, "longest_edge": most}}
+    sampling = {"temperature": profile.temperature, "top_p": profile.top_p, "top_k": profile.top_k}
     derived: list[tuple[str, Any, str]] = [
+        ("--generation-config", "vllm", "the checkpoint's own sampling is next to greedy, which feeds its loops"),
+        (
+            "--override-generation-config",
+            sampling | {"max_new_tokens": profile.max_output_tokens},
+            "sampling where a request does not say, and the most that it may write",
+        ),
         ("--served-model-name", served_name(profile), "the name that clients ask for"),
         (
             "--limit-mm-per-prompt",

@@ -52,6 +52,12 @@ class Profile:
     system_prompt: str = option(
         TUTORIAL_SYSTEM_PROMPT, "added where a request brings no system message; empty for none", metavar="TEXT"
     )
+    # The checkpoint's own file is next to greedy (temperature 0.01), which feeds its loops; these are Qwen's values for
+    # its later reasoning models.
+    temperature: float = option(0.6, "sampling, where a request does not say; the checkpoint's own is next to greedy")
+    top_p: float = option(0.95, "share of probability to sample from, where a request does not say")
+    top_k: int = option(20, "tokens to sample from, where a request does not say")
+    max_output_tokens: int = option(8_192, "output of a request: the most, and where it does not say")
     served_model_name: str | None = option(
         None, "name in /v1/models (default: the repository's or directory's)", metavar="NAME"
     )
@@ -70,7 +76,15 @@ class Profile:
     """vLLM's own arguments: a file's [vllm] table, then what follows `--`."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tp", 1), ("pp", 1), ("max_model_len", 1), ("min_visual_tokens", 1), ("max_images", 1)):
+        for name, least in (
+            ("tp", 1),
+            ("pp", 1),
+            ("max_model_len", 1),
+            ("min_visual_tokens", 1),
+            ("max_images", 1),
+            ("top_k", 1),
+            ("max_output_tokens", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: it must be at least {least}.")
         if self.min_visual_tokens > self.max_visual_tokens:
@@ -83,6 +97,10 @@ class Profile:
                 f"--max-visual-tokens {self.max_visual_tokens} leaves no room for text in --max-model-len "
                 f"{self.max_model_len}; lower the one or raise the other."
             )
+        if not 0 <= self.temperature <= 2:
+            raise UsageError(f"--temperature {self.temperature}: it must be from 0 (greedy) to 2, for example 0.6.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: it is a share, above 0 and at most 1, for example 0.95.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
                 f"--gpu-memory-utilization {self.gpu_memory_utilization}: it is a share, above 0 and at most 1, "

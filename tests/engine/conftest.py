@@ -122,7 +122,8 @@ def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(cache: Path, image_dir: Path) -> Iterator[Server]:
     """The demo model on the CPU, shared by all tests that need no server of their own."""
-    with serving(cache, "--demo", "--allowed-image-dir", str(image_dir), "--image-timeout", "2") as running:
+    limits = ["--allowed-image-dir", str(image_dir), "--image-timeout", "2", "--max-output-tokens", "200"]
+    with serving(cache, "--demo", *limits) as running:
         yield running
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -55,6 +56,26 @@ def test_images_come_by_https_data_and_file(server: Server, web: str, image_dir:
     answers = [server.chat(user({"url": url}, "What is this?")) for url in urls]
     assert [answer.status_code for answer in answers] == [200] * 3
     assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+def test_sampling_and_the_length_of_an_answer_are_the_servers_where_a_request_does_not_say(server: Server) -> None:
+    def answer(**body: object) -> dict[str, Any]:
+        request = {"messages": [user("Hi")], "ignore_eos": True} | body
+        return httpx.post(f"{server.url}/v1/chat/completions", json=request, headers=server.headers, timeout=120).json()
+
+    assert answer()["usage"]["completion_tokens"] == 200
+    assert answer(max_tokens=10)["usage"]["completion_tokens"] == 10
+    assert answer(max_tokens=2000)["usage"]["completion_tokens"] == 200
+    texts = {answer(seed=seed, max_tokens=40)["choices"][0]["message"]["content"] for seed in range(4)}
+    assert len(texts) > 1  # sampled, not greedy
+    assert len({answer(seed=1, max_tokens=40)["choices"][0]["message"]["content"] for _ in range(2)}) == 1
+
+    def first_tokens(**body: object) -> int:
+        found = answer(temperature=2, seed=1, n=300, max_tokens=1, return_token_ids=True, **body)
+        return len({choice["token_ids"][0] for choice in found["choices"]})
+
+    assert 1 < first_tokens() <= 20  # the server's top_k
+    assert first_tokens(top_k=-1, top_p=1) > 20
 
 
 def prompt_of(server: Server, *messages: dict[str, object]) -> str:

@@ -20,6 +20,13 @@ def test_visual_token_bounds_reach_vllm_in_pixels_and_no_video_is_profiled() -> 
     assert json.loads(value(argv, "--limit-mm-per-prompt")) == {"image": 3, "video": 0}
 
 
+def test_sampling_is_ours_and_not_the_checkpoints() -> None:
+    argv = command(Profile(temperature=0.7, max_output_tokens=100), gpus=1).argv
+    assert value(argv, "--generation-config") == "vllm"
+    sampling = json.loads(value(argv, "--override-generation-config"))
+    assert sampling == {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "max_new_tokens": 100}
+
+
 def test_a_key_is_nowhere_but_in_its_variable() -> None:
     launch = command(Profile(api_key="hush-hush"), gpus=1)
     assert launch.secrets == {"VLLM_API_KEY": "hush-hush"}

@@ -47,6 +47,10 @@ def test_every_value_has_a_source() -> None:
         ({"port": "70000"}, "--port 70000: a port is a number from 1 to 65535"),
         ({"api_key": " "}, "the API key is empty"),
         ({"api_key": "a", "api_key_file": "b"}, "both an API key and --api-key-file are given"),
+        ({"temperature": "3"}, "--temperature 3.0: it must be from 0 (greedy) to 2"),
+        ({"top_p": "0"}, "--top-p 0.0: it is a share"),
+        ({"top_k": "0"}, "--top-k 0: it must be at least 1."),
+        ({"max_output_tokens": "0"}, "--max-output-tokens 0: it must be at least 1."),
         ({"image_timeout": "0"}, "--image-timeout 0.0: it must be above 0 seconds"),
     ],
 )
