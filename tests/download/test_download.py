@@ -18,15 +18,19 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
-def download(hub: Hub, to: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    home = to.parent / "home"
+def qvq_serve(hub: Hub, home: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A command that finds this machine's hub in place of both hubs."""
     home.mkdir(exist_ok=True)
     hubs = {"MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HOME": str(home), "HF_HUB_DISABLE_XET": "1",
             "MODELSCOPE_CACHE": str(home), "HF_HOME": str(home)}  # fmt: skip
-    command = [sys.executable, "-m", "qvq_serve", "download", "--to", str(to), *arguments]
+    command = [sys.executable, "-m", "qvq_serve", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | hubs | environ, check=False
     )
+
+
+def download(hub: Hub, to: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return qvq_serve(hub, to.parent / "home", "download", "--to", str(to), *arguments, **environ)
 
 
 def assert_whole(to: Path) -> None:
@@ -124,3 +128,12 @@ def test_a_hub_that_does_not_answer_is_named(hub: Hub, tmp_path: Path) -> None:
 def test_a_repository_without_weights_cannot_be_served(hub: Hub, tmp_path: Path) -> None:
     del hub.files[WEIGHTS]
     assert_failed(download(hub, tmp_path / "model"), "has no *.safetensors")
+
+
+def test_a_start_brings_weights_that_are_not_there_first(hub: Hub, tmp_path: Path) -> None:
+    """--force, since no GPU is here; vLLM then refuses the hub's empty config.json."""
+    done = qvq_serve(hub, tmp_path, "--model", "qvq-72b", "--force", "--port", "18996", QVQ_CACHE=str(tmp_path))
+    assert_whole(tmp_path / "models" / "Qwen" / "QVQ-72B-Preview")
+    assert "--force goes on against this: no NVIDIA GPU is visible" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, "qvq-serve: vLLM stopped" in done.stderr) == (3, True), done.stderr[-2000:]
