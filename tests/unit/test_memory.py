@@ -13,7 +13,7 @@ from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import FITTED, MemoryPlan, card_memory, card_of, engine_limits, kv_bytes_per_token, plan
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile
+from qvq_serve.profile import Profile, resolve, shipped_profiles
 
 RUNS = json.loads((Path(__file__).parents[2] / "benchmarks/results/memory_2026-11-24.json").read_text())
 QVQ = ModelGeometry.load("qvq-72b")
@@ -138,6 +138,16 @@ def test_fit_takes_the_highest_precision_with_room(
 ) -> None:
     profile = fit(Profile(), *card_memory(card), gpus, 2048).profile
     assert (profile.tp, profile.model, profile.quantization) == (tp, model, quantization)
+
+
+def test_every_shipped_profile_fits_the_cards_that_it_was_made_for() -> None:
+    for file in shipped_profiles().values():
+        if file.hardware.gpus:
+            profile = resolve({}, {}, (file,)).profile
+            card = file.hardware.name.split()[0]
+            made = plan(profile, ModelGeometry.load(profile.model), *card_memory(card), file.hardware.gpus)
+            assert made.problems == [], file.name
+            assert made.requests(made.typical_tokens) >= 16, file.name
 
 
 def test_fit_says_when_nothing_fits() -> None:
