@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qvq_serve import visual
-from qvq_serve.errors import EngineDied, QvqError, StartError, UsageError, nearest
+from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.model import DEMO, KNOWN, locate
 from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
 
@@ -170,10 +170,7 @@ def launched_profile() -> Profile:
 
 
 def run(launch: Command) -> None:
-    """Serve until told to stop. Raises UsageError for arguments that vLLM refuses, StartError where it cannot start.
-
-    Raises EngineDied where the engine dies while it serves.
-    """
+    """Serve until told to stop. Raises UsageError for arguments that vLLM refuses, StartError where it cannot start."""
     kept = {name: os.environ[name] for name in GIVE_WAY if name in os.environ}
     os.environ.update(launch.environment | kept | launch.secrets)
     try:
@@ -197,10 +194,6 @@ def run(launch: Command) -> None:
         raise
     except Exception as error:
         raise StartError(f"vLLM stopped: {error or type(error).__name__}") from error
-    from qvq_serve.plugin import Api
-
-    if Api.engine_client is not None and Api.engine_client.errored:  # vLLM's server then returns as after a SIGTERM
-        raise EngineDied("vLLM's engine died, and the server with it; the log above says of what. Start it again.")
 
 
 GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 EXIT_USAGE = 2
 EXIT_START = 3
 EXIT_DOES_NOT_FIT = 4
-EXIT_ENGINE_DIED = 5
 
 
 class QvqError(Exception):
@@ -25,12 +24,6 @@ class StartError(QvqError):
     """What was asked for is sound, but this machine cannot start it now."""
 
     exit_code = EXIT_START
-
-
-class EngineDied(QvqError):
-    """The engine died while the server ran; a supervisor starts it again."""
-
-    exit_code = EXIT_ENGINE_DIED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -20,8 +20,6 @@ class Api:
 
     name = "qvq_serve"
     required_tasks = None
-    engine_client: Any = None
-    """Of the server of this process, once its engine is up."""
 
     def attach_router(self, app: Any) -> None:
         """No routes yet."""
@@ -30,8 +28,6 @@ class Api:
         """Called once the engine is up and before requests are taken."""
         from qvq_serve.api import memory
         from qvq_serve.engine import launched_profile
-
-        Api.engine_client = engine_client
 
         # The state keeps the task: an event loop holds only weak references to its tasks.
         state.qvq_memory = asyncio.create_task(memory.watch(engine_client, launched_profile()))

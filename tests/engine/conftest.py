@@ -92,9 +92,8 @@ def serving(cache: Path, *arguments: str, **environ: str) -> Iterator[Server]:
                 pytest.fail(f"the server did not start (exit code {process.poll()}):\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         yield server
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
