@@ -7,9 +7,10 @@ from itertools import combinations
 from typing import Any
 
 from qvq_serve.errors import UsageError
+from qvq_serve.gpu import GIB
 from qvq_serve.memory import EngineLimits, MemoryPlan, engine_limits, plan
-from qvq_serve.model import ModelGeometry, divisors
-from qvq_serve.profile import Profile, argument_name, flag
+from qvq_serve.model import ModelGeometry
+from qvq_serve.profile import Profile, flag, given_flags
 
 SHOWN = 5
 ENOUGH_REQUESTS = 16
@@ -28,17 +29,16 @@ def changes(profile: Profile, geometry: ModelGeometry, limits: EngineLimits, mos
         yield "FP8 weights", {"quantization": "fp8_per_channel"}
     if profile.model == "qvq-72b":
         yield "four-bit weights", {"model": "qvq-72b-awq", "quantization": None}
-    for tp in divisors(geometry.heads, geometry.vision_heads, geometry.intermediate_size):
+    for tp in geometry.tensor_parallel_sizes():
         if profile.tp < tp <= most_gpus // profile.pp:
             yield f"{tp * profile.pp} GPUs", {"tp": tp}
     if profile.max_visual_tokens // 2 >= profile.min_visual_tokens:
         yield "half the visual tokens", {"max_visual_tokens": profile.max_visual_tokens // 2}
     if profile.max_model_len // 2 > profile.max_visual_tokens:
         yield "half the context", {"max_model_len": profile.max_model_len // 2}
-    if limits.max_num_seqs > int(FEWER_SEQUENCES[1]):
-        kept = () if "--max-num-seqs" in map(argument_name, profile.vllm) else FEWER_SEQUENCES
-        if kept:
-            yield "fewer sequences at once", {"vllm": (*profile.vllm, *kept)}
+    name, fewer = FEWER_SEQUENCES
+    if limits.max_num_seqs > int(fewer) and name not in given_flags(profile.vllm):
+        yield "fewer sequences at once", {"vllm": (*profile.vllm, name, fewer)}
 
 
 def flags_of(fields: dict[str, Any], before: Profile) -> str:
@@ -51,7 +51,7 @@ def flags_of(fields: dict[str, Any], before: Profile) -> str:
 def suggestions(made: MemoryPlan, most_gpus: int = 8) -> list[dict[str, Any]]:
     """The nearest changes that fit, one at a time and then two, best first: {"change", "flags", "kv_cache_tokens"}."""
     profile, geometry = made.profile, ModelGeometry.load(made.profile.model)
-    limits = engine_limits(profile, made.card.lower(), made.memory / 2**30)
+    limits = engine_limits(profile, made.card.lower(), made.memory / GIB)
     single = list(changes(profile, geometry, limits, most_gpus))
     for count in (1, 2):
         found: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ def fit(profile: Profile, card: str, memory: int, num_gpus: int, typical_output:
     ]
     best: MemoryPlan | None = None
     for precision in precisions:
-        for tp in divisors(64, 16, 29568):
+        for tp in ModelGeometry.load("qvq-72b").tensor_parallel_sizes():
             for kv in ("auto", "fp8"):
                 if tp > num_gpus:
                     continue
@@ -94,7 +94,7 @@ def fit(profile: Profile, card: str, memory: int, num_gpus: int, typical_output:
         if best is not None and room(best) >= ENOUGH_REQUESTS:
             return best
     if best is None:
-        raise UsageError(f"no setting of QVQ-72B fits {num_gpus} x {card} ({memory / 2**30:.1f} GiB); add GPUs.")
+        raise UsageError(f"no setting of QVQ-72B fits {num_gpus} x {card} ({memory / GIB:.1f} GiB); add GPUs.")
     return best
 
 

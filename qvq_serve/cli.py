@@ -75,6 +75,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     serve = add("serve", "start the server (implied: `qvq-serve --tp 4`)", run_serve)
     server_flags(serve)
     serve.add_argument("--dry-run", action="store_true", help="print what vLLM would be given, and start nothing")
+    serve.add_argument("--force", action="store_true", help="start against what `check` refuses")
 
     plan = add("plan", "what fits, before anything is loaded: GPU memory by use; exit code 4 if it does not", run_plan)
     server_flags(plan)
@@ -85,8 +86,6 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-
-    serve.add_argument("--force", action="store_true", help="start against what `check` refuses")
 
     server_flags(add("check", "refuse what cannot work on this machine, before the minutes of loading", run_check))
 

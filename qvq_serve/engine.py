@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,7 @@ class Command:
         return "\n".join([*lines, shlex.join(["vllm", "serve", *self.argv])])
 
 
-def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model_dir: Path | None = None) -> Command:
+def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Command:
     """The launch of a profile on a machine with `gpus` GPUs, or, with none, on the given cores of its CPU.
 
     Raises UsageError where an argument after `--` is one of ours, or a CPU has fewer cores than workers.
@@ -95,7 +96,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, model
             "added where a request brings no system message",
         ),
     ]
-    argv = [str(model_dir or locate(profile.model))]
+    argv = [str(locate(profile.model))]
     for option in OPTIONS:
         value = getattr(profile, option.name)
         if option.metadata["vllm"] and value is not None:
@@ -160,6 +161,7 @@ def bind_threads(workers: int, cpus: list[int]) -> str:
     return "|".join(",".join(map(str, cpus[i * share : (i + 1) * share])) for i in range(workers))
 
 
+@cache
 def launched_profile() -> Profile:
     """The profile of this server, in any process that vLLM started. Raises StartError outside of one."""
     try:

@@ -1,7 +1,10 @@
 """The GPUs of this machine, as the driver sees them; no torch, no CUDA context."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
 
@@ -19,59 +22,55 @@ class Gpu:
         return self.memory_bytes / GIB
 
 
+@contextmanager
+def nvml() -> Iterator[Any]:
+    """The driver's library, open for a moment. Raises pynvml.NVMLError where there is no driver."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def used_bytes(gpus: list[Gpu]) -> list[int]:
     """Bytes in use on each card, by all processes, as the driver counts them."""
     if not gpus:
         return []
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(gpu.index)).used) for gpu in gpus]
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as driver:
+        handles = [driver.nvmlDeviceGetHandleByIndex(gpu.index) for gpu in gpus]
+        return [int(driver.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
 
 
 def driver_version() -> str:
     """The NVIDIA driver's version: "580.159.04"."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as driver:
+        return str(driver.nvmlSystemGetDriverVersion())
 
 
 def processes_on(gpu: Gpu) -> list[tuple[int, int]]:
     """(pid, bytes) of the processes that compute on a card; 0 bytes where the driver does not tell."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(gpu.index))
+    with nvml() as driver:
+        found = driver.nvmlDeviceGetComputeRunningProcesses(driver.nvmlDeviceGetHandleByIndex(gpu.index))
         return [(process.pid, process.usedGpuMemory or 0) for process in found]
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def visible_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order; empty where there is no driver."""
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    with ExitStack() as stack:
+        try:
+            driver = stack.enter_context(nvml())
+        except pynvml.NVMLError:
+            return []
+        handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
         gpus = [
-            Gpu(i, str(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+            Gpu(i, str(driver.nvmlDeviceGetName(handle)), int(driver.nvmlDeviceGetMemoryInfo(handle).total))
             for i, handle in enumerate(handles)
         ]
-        uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
+        uuids = [str(driver.nvmlDeviceGetUUID(handle)) for handle in handles]
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return gpus

@@ -7,13 +7,12 @@ tests/unit/test_memory.py holds the plan to all of them.
 
 import math
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from qvq_serve.errors import UsageError, nearest
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile, argument_name
+from qvq_serve.profile import Profile, given_flags
 
 MIB = 2**20
 BF16, FP32 = 2, 4
@@ -59,6 +58,8 @@ class EngineLimits:
     max_num_batched_tokens: int
     eager: bool
     encoder_data_parallel: bool
+    whole_images: bool
+    """An image is encoded in one batch, never in parts."""
     kv_cache_memory_bytes: int | None
     max_capture_size: int
 
@@ -68,10 +69,7 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
 
     Defaults by card: vllm/engine/arg_utils.py, `get_batch_defaults`, for the API server.
     """
-    given: dict[str, str] = {}
-    for argument, following in zip_longest(profile.vllm, profile.vllm[1:], fillvalue=""):
-        if name := argument_name(argument):
-            given[name] = argument.partition("=")[2] if "=" in argument else following
+    given = given_flags(profile.vllm)
 
     def number(name: str, default: int) -> int:
         try:
@@ -89,6 +87,7 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         max_num_batched_tokens=number("--max-num-batched-tokens", tokens),
         eager="--enforce-eager" in given,
         encoder_data_parallel=given.get("--mm-encoder-tp-mode") == "data",
+        whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
         max_capture_size=number("--max-cudagraph-capture-size", min(2 * seqs, 512)),
     )
@@ -125,8 +124,7 @@ def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> in
         weight = float({"bf16": BF16, "fp8": 1}[kind])
     ends = g.vocab_size * g.hidden_size * BF16 // tp  # embeddings on the first stage, the head on the last
     copies = 1 if g.tied_embeddings or pp > 1 else 2
-    rope_cache = 4 * g.max_position_embeddings * g.head_size * BF16  # M-RoPE's table has four times the positions
-    return math.ceil(g.layers / pp) * int(per_layer * weight) + copies * ends + rope_cache
+    return math.ceil(g.layers / pp) * int(per_layer * weight) + copies * ends + rope_table(g)
 
 
 def vision_weights(geometry: ModelGeometry, kind: str, tp: int, data_parallel: bool) -> int:
@@ -138,6 +136,17 @@ def vision_weights(geometry: ModelGeometry, kind: str, tp: int, data_parallel: b
     merger = merged * merged + merged * g.hidden_size
     split = 1 if data_parallel else tp
     return (layers + merger) * (1 if kind == "fp8" else BF16) // split + PATCH_VALUES * g.vision_size * BF16
+
+
+def rope_table(geometry: ModelGeometry) -> int:
+    """Bytes of M-RoPE's table of cosines and sines, which has four times the positions."""
+    return 4 * geometry.max_position_embeddings * geometry.head_size * BF16
+
+
+def text_bytes_per_token(geometry: ModelGeometry, kind: str, tp: int, eager: bool) -> int:
+    """Bytes at the peak of a text batch, a token."""
+    of_mlp, of_hidden = (TEXT_EAGER if eager else TEXT_COMPILED)[kind]
+    return of_mlp * geometry.intermediate_size // tp + of_hidden * geometry.hidden_size
 
 
 def encoder_tokens(profile: Profile, limits: EngineLimits) -> int:
@@ -156,9 +165,7 @@ def activation_peak(geometry: ModelGeometry, kind: str, profile: Profile, limits
     split = 1 if limits.encoder_data_parallel else profile.tp
     patch = (PATCH_EAGER if limits.eager else PATCH_COMPILED) * geometry.vision_size // 1280
     encoder = tokens * PATCHES_PER_TOKEN * patch // split
-    of_mlp, of_hidden = (TEXT_EAGER if limits.eager else TEXT_COMPILED)[kind]
-    per_token = of_mlp * geometry.intermediate_size // profile.tp + of_hidden * geometry.hidden_size
-    text = limits.max_num_batched_tokens * per_token
+    text = limits.max_num_batched_tokens * text_bytes_per_token(geometry, kind, profile.tp, limits.eager)
     sampled = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     sampler = sampled * geometry.vocab_size * (BF16 + FP32)
     return max(encoder, outputs + text, outputs + sampler), outputs
@@ -177,8 +184,7 @@ def cuda_graphs(geometry: ModelGeometry, kind: str, profile: Profile, limits: En
     sizes = capture_sizes(limits.max_capture_size)
     full = [size for size in sizes if size <= limits.max_num_seqs]
     layers = math.ceil(geometry.layers / profile.pp)
-    of_mlp, of_hidden = TEXT_COMPILED[kind]
-    pool = sizes[-1] * (of_mlp * geometry.intermediate_size // profile.tp + of_hidden * geometry.hidden_size)
+    pool = sizes[-1] * text_bytes_per_token(geometry, kind, profile.tp, eager=False)
     per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + GRAPH_FULL_LAYER * len(full) * full[-1] / 512
     return int(pool + GRAPH * (len(sizes) + len(full)) + layers * per_layer)
 
@@ -296,10 +302,9 @@ def plan(
 def plan_host(profile: Profile, geometry: ModelGeometry) -> dict[str, int]:
     """Planned bytes of host memory on a machine without a GPU: weights, and the KV cache where its size is given."""
     limits = engine_limits(profile, "cpu", 0)
-    table = 4 * geometry.max_position_embeddings * geometry.head_size * BF16  # M-RoPE's, which is a buffer there
-    weights = language_weights(geometry, "bf16", profile.tp, profile.pp) - table
+    weights = language_weights(geometry, "bf16", profile.tp, profile.pp) - rope_table(geometry)  # a buffer there
     weights += vision_weights(geometry, "bf16", profile.tp, limits.encoder_data_parallel)
-    size = FP32 if "float32" in profile.vllm else BF16
+    size = FP32 if given_flags(profile.vllm).get("--dtype") in ("float32", "float") else BF16
     return {"weights": weights * size // BF16, "kv_cache": limits.kv_cache_memory_bytes or 0}
 
 

@@ -87,6 +87,10 @@ class ModelGeometry:
     def head_size(self) -> int:
         return self.hidden_size // self.heads
 
+    def tensor_parallel_sizes(self) -> Iterator[int]:
+        """The numbers of GPUs that its heads, vision heads and MLP columns can be divided by."""
+        return divisors(self.heads, self.vision_heads, self.intermediate_size)
+
     @classmethod
     def load(cls, model: str) -> "ModelGeometry":
         """The geometry of a known name (from the config that we carry) or of a directory.

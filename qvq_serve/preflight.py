@@ -39,9 +39,8 @@ def check_usage(profile: Profile) -> None:
 
 def check_split(geometry: ModelGeometry, profile: Profile) -> None:
     """Tensor and pipeline parallelism that the geometry can be divided by. Raises UsageError."""
-    sharded_vision = "--mm-encoder-tp-mode=data" not in "=".join(profile.vllm)
     parts = {"attention heads": geometry.heads, "MLP columns": geometry.intermediate_size}
-    if sharded_vision:
+    if not engine_limits(profile, "", 80).encoder_data_parallel:
         parts["vision heads"] = geometry.vision_heads
     for part, number in parts.items():
         if number % profile.tp:
@@ -96,9 +95,9 @@ def check_model(profile: Profile) -> None:
         raise StartError(f"{directory} lacks {shown}; {remedy} brings it.")
 
 
-def check_host_memory(profile: Profile, gpus: list[Gpu]) -> None:
-    """On the CPU, memory for weights and processes. Raises StartError."""
-    if gpus or profile.model == DEMO:
+def check_host_memory(profile: Profile) -> None:
+    """On a machine without a GPU, memory for weights and processes. Raises StartError."""
+    if profile.model == DEMO:
         return
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     needed = weight_bytes(locate(profile.model)) / GIB + CPU_OVERHEAD_GIB
@@ -144,8 +143,7 @@ def check_groups(geometry: ModelGeometry, profile: Profile) -> None:
 
 def check_encoder_budget(profile: Profile, limits: EngineLimits) -> None:
     """An image that must be encoded whole in one batch, and is larger than that. Raises UsageError."""
-    whole = "--disable-chunked-mm-input" in profile.vllm
-    if whole and profile.max_visual_tokens > limits.max_num_batched_tokens:
+    if limits.whole_images and profile.max_visual_tokens > limits.max_num_batched_tokens:
         raise UsageError(
             f"--max-visual-tokens {profile.max_visual_tokens} is above --max-num-batched-tokens "
             f"{limits.max_num_batched_tokens}, and --disable-chunked-mm-input wants an image in one batch; lower the "
@@ -221,7 +219,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
         smallest = min(gpus[:workers], key=lambda gpu: gpu.memory_bytes)
         yield lambda: check_memory(plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus)))
     else:
-        yield lambda: check_host_memory(profile, gpus)
+        yield lambda: check_host_memory(profile)
 
 
 def check_start(resolved: Resolved, gpus: list[Gpu], force: bool = False) -> list[str]:

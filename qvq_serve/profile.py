@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -248,6 +249,15 @@ def vllm_arguments(table: Mapping[str, Any]) -> list[list[str]]:
 def argument_name(argument: str) -> str | None:
     """The name of a vLLM flag as vLLM reads it, or None for a value: --max_num_seqs=4 -> --max-num-seqs."""
     return argument.partition("=")[0].replace("_", "-") if argument.startswith("-") else None
+
+
+def given_flags(arguments: tuple[str, ...]) -> dict[str, str]:
+    """vLLM's flags in its arguments, with the value that follows each ("" for a switch); the last one counts."""
+    given = {}
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if name := argument_name(argument):
+            given[name] = argument.partition("=")[2] if "=" in argument else following
+    return given
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ async def watch(engine_client: Any, profile: Profile) -> None:
     measured = await engine_client.collective_rpc("qvq_memory")
     report(planned_uses(profile, gpus), measured, gpus)
     while True:
-        export(measured, gpus)
+        await asyncio.to_thread(export, measured, gpus)  # the driver is asked, and streams must not wait for it
         await asyncio.sleep(POLL_S)
         if engine_client.errored:
             return
