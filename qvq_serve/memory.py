@@ -196,9 +196,14 @@ def buffers(geometry: ModelGeometry, limits: EngineLimits) -> int:
     return penalties + limits.max_num_batched_tokens * geometry.hidden_size * BF16
 
 
+def dtype_bytes(profile: Profile) -> int:
+    """Bytes of a number of the model's type: BF16, or FP32 by vLLM's --dtype (the demo's)."""
+    return FP32 if given_flags(profile.vllm).get("--dtype") in ("float32", "float") else BF16
+
+
 def kv_bytes_per_token(geometry: ModelGeometry, profile: Profile) -> int:
     """Bytes of keys and values of one token on one GPU: 327680 for QVQ in BF16, half of it in FP8."""
-    size = 1 if profile.kv_cache_dtype.startswith("fp8") else BF16
+    size = 1 if profile.kv_cache_dtype.startswith("fp8") else dtype_bytes(profile)
     heads = max(1, geometry.kv_heads // profile.tp)
     return 2 * math.ceil(geometry.layers / profile.pp) * heads * geometry.head_size * size
 
@@ -304,8 +309,7 @@ def plan_host(profile: Profile, geometry: ModelGeometry) -> dict[str, int]:
     limits = engine_limits(profile, "cpu", 0)
     weights = language_weights(geometry, "bf16", profile.tp, profile.pp) - rope_table(geometry)  # a buffer there
     weights += vision_weights(geometry, "bf16", profile.tp, limits.encoder_data_parallel)
-    size = FP32 if given_flags(profile.vllm).get("--dtype") in ("float32", "float") else BF16
-    return {"weights": weights * size // BF16, "kv_cache": limits.kv_cache_memory_bytes or 0}
+    return {"weights": weights * dtype_bytes(profile) // BF16, "kv_cache": limits.kv_cache_memory_bytes or 0}
 
 
 def host_bytes(profile: Profile, limits: EngineLimits) -> int:

@@ -12,7 +12,7 @@ from qvq_serve.errors import QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
 from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
-from qvq_serve.profile import Profile, Resolved
+from qvq_serve.profile import Profile, Resolved, given_flags
 
 LEAST_DRIVER = 580
 LEAST_OPEN_FILES = 4096
@@ -89,6 +89,8 @@ def check_model(profile: Profile) -> None:
     directory = locate(profile.model)
     if profile.model == DEMO and not directory.exists():
         return  # it is built at the start
+    if given_flags(profile.vllm).get("--load-format") == "dummy":
+        return  # vLLM makes weights up: for measurements
     if lacking := missing_files(directory):
         remedy = f"`qvq-serve download --model {profile.model}`" if profile.model in KNOWN else "the complete directory"
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")

@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.check_plan import Comparison, compare
-from qvq_serve import memory
+from benchmarks.check_plan import FIXED_LIMIT, KV_LIMIT, USE_LIMIT_GIB, WEIGHTS_LIMIT, Comparison, compare
+from qvq_serve import cli, memory
 from qvq_serve.advice import fit, suggestions
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB, Gpu
@@ -15,7 +16,9 @@ from qvq_serve.memory import FITTED, MemoryPlan, card_memory, card_of, engine_li
 from qvq_serve.model import ModelGeometry
 from qvq_serve.profile import Profile, resolve, shipped_profiles
 
-RUNS = json.loads((Path(__file__).parents[2] / "benchmarks/results/memory_2026-11-24.json").read_text())
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+RUNS = json.loads((RESULTS / "memory_2026-11-24.json").read_text())
+STARTS = json.loads((RESULTS / "starts_2026-11-24.json").read_text())
 QVQ = ModelGeometry.load("qvq-72b")
 H100, H200 = card_memory("h100")[1], card_memory("h200")[1]
 
@@ -29,6 +32,29 @@ def test_each_measured_run_is_planned_within_the_limits(run: dict[str, object]) 
     """KV tokens and weights within 3 %, everything but the KV cache within 2 %, no use off by more than 0.7 GiB."""
     found: Comparison = compare(run)
     assert found.broken == [], found
+
+
+@pytest.mark.parametrize("start", STARTS, ids=lambda start: start["name"])
+def test_each_start_of_the_server_on_a_gpu_is_planned_within_the_limits(start: dict[str, Any], capsys: Any) -> None:
+    """These settings were chosen after the formulas, and nothing was changed since."""
+    arguments = start["command"].replace("/tmp/models/", "").split()[1:]
+    card = "h200" if "H200" in start["gpu"] else "h100"
+    cli.main(["plan", "--json", "--gpu", card, *arguments])
+    made = json.loads(capsys.readouterr().out)
+    assert made["kv_cache_tokens"] == pytest.approx(start["kv_cache_tokens"][1], rel=KV_LIMIT)
+    measured = start["at_start"]["measured"]
+    if "activation_peak" not in measured:  # the demo's KV cache is given in bytes, for which vLLM profiles nothing
+        return
+    gib = made["per_gpu_gib"]
+    weights = gib["weights"] + gib["vision_encoder"]
+    activations = gib["activation_peak"] + gib["encoder_cache"]
+    assert weights == pytest.approx(measured["weights"], rel=WEIGHTS_LIMIT)
+    uses = {"activation_peak": activations, "cuda_graphs": gib["cuda_graphs"], "non_torch": gib["non_torch"]}
+    for use, planned_gib in uses.items():
+        assert planned_gib == pytest.approx(measured[use], abs=USE_LIMIT_GIB)
+    assert weights + sum(uses.values()) == pytest.approx(
+        measured["weights"] + sum(measured[use] for use in uses), rel=FIXED_LIMIT
+    )
 
 
 def test_runs_that_nothing_was_fitted_on_are_among_them() -> None:

@@ -159,3 +159,7 @@ def test_a_model_directory_that_lacks_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StartError, match=r"lacks preprocessor_config.json, tokenizer_config.json, \*.safetensors"):
         check_model(Profile(model=str(tmp_path)))
+
+
+def test_made_up_weights_need_no_files(tmp_path: Path) -> None:
+    check_model(Profile(model=str(tmp_path), vllm=("--load-format", "dummy")))
