@@ -163,16 +163,15 @@ def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
 def hide_key() -> None:
     """A key on the command line is in every process list: hand it to ourselves in the environment, and start again."""
     line = sys.orig_argv[1:]
+    secret = {flag(option.name): variable(option.name) for option in OPTIONS if option.metadata["secret"]}
     for at, argument in enumerate(line):
         if argument == "--":
             return
-        if argument == "--api-key" and at + 1 < len(line):
-            key, rest = line[at + 1], line[:at] + line[at + 2 :]
-        elif argument.startswith("--api-key="):
-            key, rest = argument.partition("=")[2], line[:at] + line[at + 1 :]
-        else:
+        name, equals, key = argument.partition("=")
+        if name not in secret or not (equals or at + 1 < len(line)):
             continue
-        os.execve(sys.executable, [sys.executable, *rest], os.environ | {variable("api_key"): key})
+        key, rest = (key, line[at + 1 :]) if equals else (line[at + 1], line[at + 2 :])
+        os.execve(sys.executable, [sys.executable, *line[:at], *rest], os.environ | {secret[name]: key})
 
 
 def chosen(arguments: argparse.Namespace, pick: bool = True) -> tuple["Resolved", list["Gpu"]]:
@@ -292,7 +291,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     preflight.check_model(profile)
     for name, reason in launch.reasons.items():
         say(f"{name}: {reason}")
-    if profile.host not in ("127.0.0.1", "localhost", "::1") and not launch.secrets:
+    if profile.host not in ("127.0.0.1", "localhost", "::1") and "VLLM_API_KEY" not in launch.secrets:
         say(f"--host {profile.host} is open to the network, and no --api-key is set")
     say(f"starting {engine.served_name(profile)} at http://{profile.host}:{profile.port}/v1")
     engine.run(launch)

@@ -18,8 +18,10 @@ from qvq_serve.model import DEMO, KNOWN, locate
 from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
-CONNECTOR = "qvq"
+CONNECTOR = PARSER = "qvq"
 PLUGIN = "qvq_serve"
+GUARD_KEY_VARIABLE = "QVQ_LAUNCHED_GUARD_KEY"
+SECRET = [f.name for f in OPTIONS if f.metadata["secret"]]
 PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
 """The profile as JSON, without the key, for the processes that vLLM starts. Not --additional-config, which vLLM hashes
 into its compile cache's key: a changed limit would compile again."""
@@ -40,6 +42,9 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--mm-processor-kwargs": "--max-visual-tokens",
     "--chat-template": "--system-prompt",
     "--default-chat-template-kwargs": "--system-prompt",
+    "--allowed-media-domains": "--allowed-image-hosts",
+    "--reasoning-parser": None,
+    "--reasoning-config": "--thinking-budget",
 }
 
 
@@ -89,6 +94,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
             f"{profile.min_visual_tokens} to {profile.max_visual_tokens} visual tokens an image, in pixels",
         ),
         ("--chat-template", str(CHAT_TEMPLATE), "QVQ's template, with the system prompt as a variable"),
+        ("--reasoning-parser", PARSER, "tells QVQ's reasoning from its answer (qvq_serve/hooks/reasoning.py)"),
         ("--worker-extension-cls", "qvq_serve.worker.WorkerMemory", "each worker tells what memory it takes"),
         (
             "--default-chat-template-kwargs",
@@ -114,9 +120,9 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
     if not gpus and workers > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"
-    environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k != "api_key"})
-    key = profile.key()
-    return Command(environment, [*argv, *profile.vllm], reasons, {"VLLM_API_KEY": key} if key else {})
+    environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k not in SECRET})
+    secrets = {"VLLM_API_KEY": profile.key(), GUARD_KEY_VARIABLE: profile.guard_api_key}
+    return Command(environment, [*argv, *profile.vllm], reasons, {name: key for name, key in secrets.items() if key})
 
 
 def plugin_names() -> list[str]:
@@ -168,7 +174,7 @@ def launched_profile() -> Profile:
         values = json.loads(os.environ[PROFILE_VARIABLE])
     except KeyError:
         raise StartError(f"{PROFILE_VARIABLE} is not set: qvq-serve's plugin runs only in its own server.") from None
-    return Profile(**values | {"vllm": tuple(values["vllm"]), "api_key": None})
+    return Profile(**values | {"vllm": tuple(values["vllm"]), "guard_api_key": os.environ.get(GUARD_KEY_VARIABLE)})
 
 
 def run(launch: Command) -> None:
@@ -189,6 +195,9 @@ def run(launch: Command) -> None:
     arguments = parse(launch.argv)
     configure_logging_from_args(arguments)
     prove_plugin()
+    from qvq_serve.hooks import chain
+
+    chain.launched()  # a hook that cannot be made is said before the model loads
     try:
         validate_parsed_serve_args(arguments)
         ServeSubcommand.cmd(arguments)
@@ -222,9 +231,11 @@ def prove_plugin() -> None:
     """vLLM drops a plugin that fails with a log line; raises StartError where ours is not in."""
     from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
     from vllm.plugins import ENDPOINT_PLUGINS_GROUP, load_general_plugins, load_plugins_by_group
+    from vllm.reasoning import ReasoningParserManager
 
     load_general_plugins()
     missing = [] if CONNECTOR in MEDIA_CONNECTOR_REGISTRY.name2class else ["the media connector"]
+    missing += [] if PARSER in ReasoningParserManager.list_registered() else ["the reasoning parser"]
     missing += [] if PLUGIN in load_plugins_by_group(ENDPOINT_PLUGINS_GROUP) else ["the endpoint plugin"]
     if missing:
         raise StartError(

@@ -1,6 +1,6 @@
 """Our Prometheus metrics, in one table; vLLM's own /metrics serves them beside its `vllm:` ones."""
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 MEMORY = Gauge(
     "qvq_memory_bytes",
@@ -8,3 +8,19 @@ MEMORY = Gauge(
     ["gpu", "use", "source"],
 )
 HEADROOM = Gauge("qvq_memory_headroom_bytes", "Memory of the card (or host) that nothing uses", ["gpu"])
+
+ANSWERS = Counter("qvq_answers_total", "Finished choices by how they ended", ["ended"])
+TOKENS = Counter("qvq_output_tokens_total", "Output tokens by part: reasoning or answer", ["part"])
+WASTED = Counter(
+    "qvq_wasted_tokens_total", "Output tokens of choices that ended without an answer of their own", ["ended"]
+)
+SWITCHES = Counter("qvq_language_switches_total", "Sentences whose main script differs from that of the one before")
+IMAGES = Counter("qvq_images_total", "Images: taken, resized to the request's bounds, or refused", ["outcome"])
+VISUAL_TOKENS = Counter("qvq_visual_tokens_total", "Visual tokens of the images taken")
+GUARD = Counter("qvq_guard_checks_total", "Checks by the guard model", ["part", "verdict"])
+
+HOOK_FAILURES = Counter("qvq_hook_failures_total", "Requests that a hook failed by an exception or its time", ["hook"])
+HOOK_SECONDS = Histogram(
+    "qvq_hook_seconds", "Time of a hook's call", ["hook", "stage"],
+    buckets=(1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10),
+)  # fmt: skip

@@ -72,7 +72,28 @@ class Profile:
         metavar="DIR",
         vllm="--allowed-local-media-path",
     )
+    allowed_image_hosts: str | None = option(
+        None,
+        "hosts that image URLs may name, private ones too (a,b); without it, any on the public internet",
+        metavar="HOSTS",
+    )
     image_timeout: float = option(10.0, "seconds in which an image URL must have been fetched", metavar="SECONDS")
+    max_image_bytes: int = option(20_000_000, "bytes of an image as it comes, at most")
+    max_image_pixels: int = option(50_000_000, "pixels of an image as it comes, at most")
+    thinking_budget: int | None = option(
+        None, "tokens of reasoning after which the model is made to conclude, at most", metavar="N"
+    )
+    hook: str | None = option(None, "hooks of yours: package.module:Class, several with commas", metavar="HOOKS")
+    without_hooks: str | None = option(None, "hooks to leave out (answer, language, guard, ...)", metavar="NAMES")
+    hook_timeout: float = option(10.0, "seconds that a call of a hook may take", metavar="SECONDS")
+    guard_url: str | None = option(None, "OpenAI-compatible server of a guard model; without it, none", metavar="URL")
+    guard_model: str | None = option(None, "guard model's name there (default: the first it lists)", metavar="NAME")
+    guard_api_key: str | None = option(None, "key of the guard's server; never shown", metavar="KEY", secret=True)
+    guard_failure: str = option("closed", "when the guard does not answer: closed (refuse) or open", metavar="POLICY")
+    guard_timeout: float = option(3.0, "seconds that the guard may take for one answer", metavar="SECONDS")
+    guard_window: int = option(600, "characters of reasoning or answer that are checked together while they stream")
+    guard_blocks: str = option("unsafe", "verdicts that block: unsafe, or unsafe,controversial", metavar="VERDICTS")
+    guard_extra_body: str | None = option(None, "JSON added to each of the guard's requests", metavar="JSON")
     vllm: tuple[str, ...] = field(default=(), metadata={})
     """vLLM's own arguments: a file's [vllm] table, then what follows `--`."""
 
@@ -85,8 +106,12 @@ class Profile:
             ("max_images", 1),
             ("top_k", 1),
             ("max_output_tokens", 1),
+            ("max_image_bytes", 1),
+            ("max_image_pixels", 1),
+            ("thinking_budget", 1),
+            ("guard_window", 1),
         ):
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{flag(name)} {getattr(self, name)}: it must be at least {least}.")
         if self.min_visual_tokens > self.max_visual_tokens:
             raise UsageError(
@@ -109,8 +134,11 @@ class Profile:
             )
         if not 0 < self.port < 65536:
             raise UsageError(f"--port {self.port}: a port is a number from 1 to 65535, for example 8000.")
-        if self.image_timeout <= 0:
-            raise UsageError(f"--image-timeout {self.image_timeout}: it must be above 0 seconds.")
+        for name in ("image_timeout", "hook_timeout", "guard_timeout"):
+            if (seconds := getattr(self, name)) <= 0:
+                raise UsageError(f"{flag(name)} {seconds}: it must be above 0 seconds.")
+        if self.guard_failure not in ("open", "closed"):
+            raise UsageError(f"--guard-failure {self.guard_failure}: it is open or closed.")
         if self.api_key is not None and not self.api_key.strip():
             raise UsageError("the API key is empty; give a key, or leave --api-key and QVQ_API_KEY out for none.")
         if self.api_key is not None and self.api_key_file is not None:

@@ -1,0 +1,232 @@
+"""POST /v1/chat/completions: vLLM's own route, with our hooks around it and the `qvq` object in its response.
+
+A response's bytes are vLLM's, but for what hooks change, `finish_reason: repetition` (which OpenAI does not know), and
+the `qvq` object: in the response, or in the chunk that ends a stream; in each choice where there are several.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import Field
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+from qvq_serve import metrics
+from qvq_serve.engine import launched_profile
+from qvq_serve.hooks import CONTEXT, Answer, Context, Part, Refuse, Stop
+from qvq_serve.hooks.chain import Chain, HookFailed
+from qvq_serve.hooks.images import bound_images
+from qvq_serve.hooks.reasoning import PARSERS, Parsed
+
+PATH = "/v1/chat/completions"
+DATA, DONE = "data: ", "data: [DONE]\n\n"
+PARTS: dict[str, Part] = {"reasoning": "reasoning", "content": "answer"}
+"""The fields of a message or delta, and the parts of an answer that hooks know."""
+OWN_ANSWER = ("answered", "concluded")
+
+
+class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
+    """vLLM's request, and what only this server has."""
+
+    min_visual_tokens: int | None = Field(None, ge=1, description="Each image is enlarged to at least so many tokens.")
+    max_visual_tokens: int | None = Field(None, ge=1, description="Each image is reduced to at most so many tokens.")
+
+
+def attach(app: FastAPI) -> None:
+    """Put the route in the place of vLLM's."""
+    app.post(PATH, dependencies=[Depends(validate_json_request)])(create_chat_completion)
+
+
+@with_cancellation  # type: ignore[untyped-decorator]
+@load_aware_call  # type: ignore[untyped-decorator]
+async def create_chat_completion(request: QvqChatRequest, raw_request: Request) -> Response:
+    """Hooks before, vLLM, hooks after; an ErrorResponse where one of them refuses or fails."""
+    chain: Chain = raw_request.app.state.qvq_chain
+    context = Context(request, dict(raw_request.headers))
+    context.state["chain"] = chain
+    CONTEXT.set(context)
+    try:
+        prepare(request)
+        bound_images(context)
+        await chain.before(context)
+        made = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
+        if isinstance(made, ErrorResponse):
+            return JSONResponse(made.model_dump(), made.error.code)
+        if isinstance(made, ChatCompletionResponse):
+            headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
+            return JSONResponse(await whole(context, chain, made.model_dump()), headers=headers)
+    except Refuse as refusal:
+        return JSONResponse(error(refusal.message, refusal.status), refusal.status)
+    except HookFailed as failure:
+        return JSONResponse(error(str(failure), 500), 500)
+    interval = float(raw_request.app.state.args.sse_keep_alive_interval)
+    return StreamingResponse(
+        with_sse_keep_alive(streamed(context, chain, made), interval), media_type="text/event-stream"
+    )
+
+
+def error(message: str, status: int) -> dict[str, Any]:
+    """An error as vLLM and OpenAI shape it."""
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    shaped: dict[str, Any] = ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status)).model_dump()
+    return shaped
+
+
+def prepare(request: QvqChatRequest) -> None:
+    """The server's thinking budget, where the request has none or a larger one."""
+    if (most := launched_profile().thinking_budget) is not None:
+        asked = request.thinking_token_budget
+        request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
+
+
+def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) -> str:
+    """`ended` of a choice that vLLM finished."""
+    if finish_reason in ("length", "repetition"):
+        return {"length": "length", "repetition": "looped"}[finish_reason]
+    budget = context.request.thinking_token_budget
+    if parsed.marked and budget is not None and 0 <= budget <= parsed.reasoning_tokens:
+        return "concluded"
+    return "answered" if parsed.marked else "unmarked"
+
+
+async def finished(context: Context, chain: Chain, answer: Answer, parsed: Parsed) -> Answer:
+    """The choice with its `qvq` object, hooks' share included, counted in the metrics."""
+    answer.qvq |= {
+        "ended": answer.ended,
+        "visual_tokens": sum(image.visual_tokens for image in context.images.values()),
+        "reasoning_tokens": parsed.reasoning_tokens,
+        "answer_tokens": parsed.tokens - parsed.reasoning_tokens,
+    }
+    await chain.after(context, answer)
+    count(answer, parsed)
+    return answer
+
+
+def count(answer: Answer, parsed: Parsed) -> None:
+    """One finished choice, in the metrics."""
+    metrics.ANSWERS.labels(answer.ended).inc()
+    metrics.TOKENS.labels("reasoning").inc(parsed.reasoning_tokens)
+    metrics.TOKENS.labels("answer").inc(parsed.tokens - parsed.reasoning_tokens)
+    metrics.SWITCHES.inc(answer.qvq.get("language_switches", 0))
+    if answer.ended not in OWN_ANSWER:
+        metrics.WASTED.labels(answer.ended).inc(parsed.tokens)
+
+
+async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dict[str, Any]:
+    """A response that is not streamed, with hooks run over each choice. Raises Refuse or HookFailed."""
+    context.first_text = time.monotonic()
+    results = [result for parser in context.state[PARSERS] for result in parser.results]
+    several = len(response["choices"]) > 1
+    for choice, parsed in zip(response["choices"], results, strict=True):
+        message = choice["message"]
+        answer = Answer(
+            choice["index"], message["reasoning"] or "", message["content"] or "",
+            how_it_ended(context, choice["finish_reason"], parsed), {},
+        )  # fmt: skip
+        content = answer.content
+        try:
+            for field, part in PARTS.items():
+                if text := message[field]:
+                    await chain.on_text(context, answer.index, part, text)
+            await finished(context, chain, answer, parsed)
+        except Stop as stop:
+            answer = Answer(answer.index, "", "", "filtered", dict(stop.details))
+            await finished(context, chain, answer, parsed)
+            message |= {"reasoning": None, "content": None}
+            choice["finish_reason"] = "content_filter"
+        else:
+            if answer.content != content:
+                message["content"] = answer.content
+        if choice["finish_reason"] == "repetition":
+            choice["finish_reason"] = "stop"
+        (choice if several else response)["qvq"] = answer.qvq
+    return response
+
+
+async def streamed(context: Context, chain: Chain, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
+    CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
+    texts: dict[int, dict[Part, str]] = defaultdict(lambda: {"reasoning": "", "answer": ""})
+    open_choices = set(range(context.request.n or 1))
+    several = len(open_choices) > 1
+    last: dict[str, Any] = {}
+    try:
+        try:
+            async for event in events:
+                if not event.startswith(DATA + "{"):
+                    yield event
+                    continue
+                last = json.loads(event[len(DATA) :])
+                if "error" in last:
+                    metrics.ANSWERS.labels("error").inc(len(open_choices))
+                    open_choices.clear()
+                for choice in last.get("choices", ()):
+                    event = await passed(context, chain, last, choice, texts[choice["index"]], event)
+                    if choice.get("finish_reason"):
+                        open_choices.discard(choice["index"])
+                yield event
+        except Stop as stop:
+            for index in sorted(open_choices):
+                text = texts[index]
+                answer = Answer(index, text["reasoning"], text["answer"], "filtered", dict(stop.details))
+                await finished(context, chain, answer, parser_of(context, index).parsed())
+                yield closing(last, index, answer.qvq, several)
+            open_choices.clear()
+            yield DONE
+    except HookFailed as failure:
+        metrics.ANSWERS.labels("error").inc(len(open_choices))
+        open_choices.clear()
+        yield f"{DATA}{json.dumps(error(str(failure), 500))}\n\n{DONE}"
+    finally:
+        if open_choices:  # the client went away
+            metrics.ANSWERS.labels("cancelled").inc(len(open_choices))
+        await events.aclose()
+
+
+def parser_of(context: Context, index: int) -> Any:
+    """The parser of a choice of a stream: vLLM makes one for each, after those of the request itself."""
+    return context.state[PARSERS][index - (context.request.n or 1)]
+
+
+async def passed(
+    context: Context, chain: Chain, chunk: dict[str, Any], choice: dict[str, Any], text: dict[Part, str], event: str
+) -> str:
+    """The event of a chunk, after the hooks saw its text; with the `qvq` object where the choice ends."""
+    for field, part in PARTS.items():
+        if piece := choice["delta"].get(field):
+            context.first_text = context.first_text or time.monotonic()
+            text[part] += piece
+            await chain.on_text(context, choice["index"], part, piece)
+    if not (reason := choice.get("finish_reason")):
+        return event
+    parsed = parser_of(context, choice["index"]).parsed()
+    answer = Answer(choice["index"], text["reasoning"], text["answer"], how_it_ended(context, reason, parsed), {})
+    await finished(context, chain, answer, parsed)
+    if reason == "repetition":
+        choice["finish_reason"] = "stop"
+        event = f"{DATA}{compact(chunk)}\n\n"
+    if (context.request.n or 1) > 1:
+        choice["qvq"] = answer.qvq
+        return f"{DATA}{compact(chunk)}\n\n"
+    return f'{event.rstrip()[:-1]},"qvq":{compact(answer.qvq)}}}\n\n'
+
+
+def closing(last: dict[str, Any], index: int, qvq: dict[str, Any], several: bool) -> str:
+    """The chunk that ends a choice which a hook stopped."""
+    choice: dict[str, Any] = {"index": index, "delta": {}, "logprobs": None, "finish_reason": "content_filter"}
+    chunk = {key: last[key] for key in ("id", "object", "created", "model")} | {"choices": [choice]}
+    (choice if several else chunk)["qvq"] = qvq
+    return f"{DATA}{compact(chunk)}\n\n"
+
+
+def compact(value: Any) -> str:
+    """JSON as vLLM writes it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,208 @@
+"""Reasoning and answer of a model without <think> tags: QVQ reasons in prose and then writes `**Final Answer**`.
+
+Built on vLLM's parser engine. The first marker ends the reasoning; the marker itself is dropped, as <think> tags are.
+Where there is none, `reasoning` is the whole text and `content` repeats its conclusion, at the end.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
+from vllm.parser.engine.events import EventType
+from vllm.parser.engine.parser_engine import ParserEngine
+from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserState, Transition
+
+from qvq_serve.engine import PARSER
+from qvq_serve.hooks import CONTEXT
+from qvq_serve.hooks.answer import conclusion
+
+TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
+# The closing ** is left to the answer's lead: the tokenizer joins it with what follows. Of the Chinese words only
+# headings and those with a colon are markers: in running prose they are common ("to get the final answer, we ...").
+MARKERS = (
+    "**Final Answer", "**Final answer", "### Final Answer", "## Final Answer", "# Final Answer",
+    "**最终答案", "### 最终答案", "## 最终答案", "# 最终答案", "最终答案：", "最终答案:",
+)  # fmt: skip
+LEAD = re.compile(r"(?:[:：]?\*\*\s*[:：]?|[:：])?\s*")
+"""What of the marker stands before the answer: **, :**, a colon, line ends."""
+MAYBE_LEAD = re.compile(r"[\s*:：]*")
+JSON_LEAD = re.compile(r"[^{\[]*(?=[{\[])")
+"""What stands before JSON: the grammar holds from the token after the one that closes the marker."""
+ENDED = re.compile(f"(?:{'|'.join(re.escape(m) for m in MARKERS if m[-1] not in ':：')}).|最终答案[：:]", re.DOTALL)
+"""A marker and one character of what closes it: from there on a grammar holds."""
+PARSERS = "qvq_parsers"
+"""Where a request's context keeps its parsers."""
+TAIL_TOKENS = 16
+"""Tokens in which a marker and its closing lie."""
+
+CONFIG = ParserEngineConfig(
+    name=PARSER,
+    initial_state=ParserState.REASONING,
+    terminals={"THINK_END": MARKERS},
+    transitions={
+        (ParserState.REASONING, "THINK_END"): Transition(ParserState.CONTENT, (EventType.REASONING_END,)),
+    },
+    strip_trailing_reasoning_whitespace=False,  # done here, the same in a stream and not
+)
+
+
+class Engine(ParserEngine):  # type: ignore[misc]
+    """vLLM's parser engine with QVQ's markers."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, **options: Any) -> None:
+        super().__init__(tokenizer, tools, **{"parser_engine_config": CONFIG} | options)
+
+
+def wants_json(request: Any) -> bool:
+    """Whether a request wants its answer as a JSON object or array."""
+    if getattr(request.response_format, "type", None) in ("json_schema", "json_object"):
+        return True
+    grammar = request.structured_outputs
+    return grammar is not None and (grammar.json is not None or bool(grammar.json_object))
+
+
+@dataclass
+class Parsed:
+    """What was told apart in one choice: whether it has an answer of its own, after a marker; and tokens."""
+
+    marked: bool
+    reasoning_tokens: int
+    tokens: int
+
+
+class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
+    """One for each stream; without streaming, one for all choices of a request, in order."""
+
+    _parser_engine_cls = Engine
+
+    def __init__(self, tokenizer: Any, *args: Any, **options: Any) -> None:
+        super().__init__(tokenizer, *args, **options)
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.answering = False
+        self.results: list[Parsed] = []
+        self.json = False
+        self.clear()
+        if context := CONTEXT.get():
+            context.state.setdefault(PARSERS, []).append(self)
+            self.json = wants_json(context.request)
+
+    def clear(self) -> None:
+        """Ready for the text of another choice."""
+        self._parser_engine.initialize_streaming()
+        self._parser_engine._reset()
+        self.raw = self.space = ""
+        self.ids: list[int] = []
+        self.marked = self.answered = False
+        self.lead: str | None = None
+
+    @property
+    def reasoning_start_str(self) -> str:
+        """Found in the prompt, so that a thinking budget counts from the first token."""
+        return TURN_START
+
+    def adjust_request(self, request: Any) -> Any:
+        """As it is: vLLM's engine wants special tokens in the text, and QVQ's markers have none."""
+        return request
+
+    def has_engine_confirmed_reasoning_end(self) -> bool:
+        """Never, so that the answer comes here as well, and what is left of the marker can be cut off in a stream."""
+        return False
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        """Whether the last turn of a prompt has a marker, closed: an answer that is to be continued."""
+        turn, ids = self.vocab.get(TURN), list(input_ids)
+        start = len(ids) - ids[::-1].index(turn) if turn in ids else 0
+        self.answering = bool(ENDED.search(self.model_tokenizer.decode(ids[start:])))
+        return self.answering
+
+    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
+        """The same on a step of decoding, for structured outputs: whether the last tokens closed a marker."""
+        tail = input_ids[-TAIL_TOKENS - len(list(delta_ids)) :]
+        return bool(ENDED.search(self.model_tokenizer.decode(list(tail))))
+
+    def extract_content_ids(self, input_ids: list[int]) -> list[int]:
+        return input_ids
+
+    def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
+        if self.answering:
+            return None, model_output
+        self.clear()
+        pieces = [self.fed(model_output), self.finish_streaming()]
+        reasoning, content = (
+            "".join(getattr(piece, part) or "" for piece in pieces if piece) or None
+            for part in ("reasoning", "content")
+        )
+        return reasoning, content
+
+    def extract_reasoning_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+    ) -> DeltaMessage | None:
+        self.ids += delta_token_ids
+        return self.fed(delta_text)
+
+    def fed(self, text: str) -> DeltaMessage | None:
+        """What a piece of text lets out. The engine gets text alone: it would wait for that of special tokens."""
+        return self.shaped(self._parser_engine.extract_reasoning_streaming("", "", text, [], [], []))
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        return self.shaped(super().finish_streaming(), last=True)
+
+    def shaped(self, delta: DeltaMessage | None, last: bool = False) -> DeltaMessage | None:
+        """Without space at the reasoning's end, and without what is left of the marker before the answer."""
+        sent = answer = ""
+        if delta and delta.reasoning:
+            self.raw += delta.reasoning
+            whole = self.space + delta.reasoning
+            sent = whole.rstrip()
+            self.space = whole[len(sent) :]
+        if delta and delta.content:
+            if not self.marked:
+                self.marked, self.lead = True, ""
+            if self.lead is None:
+                answer = delta.content
+            else:
+                self.lead += delta.content
+        if self.lead is not None:
+            lead = (JSON_LEAD if self.json else LEAD).match(self.lead)
+            if last or (lead and not MAYBE_LEAD.fullmatch(self.lead)):
+                answer, self.lead = self.lead[lead.end() if lead else 0 :], None
+        if last and not (self.answered or answer):
+            answer, self.marked = conclusion(self.raw), False
+        self.answered = self.answered or bool(answer)
+        shown = {name: text for name, text in (("reasoning", sent), ("content", answer)) if text}
+        return DeltaMessage(**shown) if shown else None
+
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        """Tokens of the reasoning: those before the marker, or, where there is none, all but special ones at the end.
+
+        Called by vLLM for each choice when it is finished.
+        """
+        counted = self.parsed(token_ids)
+        self.results.append(counted)
+        return counted.reasoning_tokens
+
+    def parsed(self, token_ids: Sequence[int] | None = None) -> Parsed:
+        """What was told apart in the choice that was fed last; its tokens are those given, or those of the stream."""
+        ids = list(self.ids if token_ids is None else token_ids)
+        if self.answering:
+            return Parsed(True, 0, len(ids))
+        if not self.marked:
+            trailing = next((i for i, token in enumerate(reversed(ids)) if token not in self.special), len(ids))
+            return Parsed(False, len(ids) - trailing, len(ids))
+        # A byte-level token's spelling has a character for each of its bytes; a special one leaves no text.
+        left, reasoning_tokens = len(self.raw.encode()) - 2 * self.raw.count("\ufffd"), 0
+        for token, spelling in zip(ids, self.model_tokenizer.convert_ids_to_tokens(ids), strict=True):
+            left -= 0 if token in self.special else len(spelling)
+            if left < 0:
+                break
+            reasoning_tokens += 1
+        return Parsed(True, reasoning_tokens, len(ids))

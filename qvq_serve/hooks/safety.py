@@ -1,0 +1,157 @@
+"""A guard model over prompt, images, reasoning and answer: another OpenAI-compatible server that says safe or unsafe.
+
+Qwen3Guard and Llama Guard are known; each brings its own prompt in its chat template, and gets the conversation as
+messages. Reasoning and answer are checked apart, in windows, while they stream; a window's last piece is sent once the
+window passed, so what a client has seen before a stop is less than one window.
+"""
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from qvq_serve import metrics
+from qvq_serve.errors import UsageError
+from qvq_serve.hooks import Answer, Context, Hook, Part, Refuse, Stop
+from qvq_serve.profile import Profile
+
+log = logging.getLogger("vllm.qvq_serve")
+QWEN = re.compile(r"Safety:\s*(Safe|Unsafe|Controversial)", re.IGNORECASE)
+QWEN_CATEGORIES = re.compile(r"Categories:\s*([^\n]+)", re.IGNORECASE)
+LLAMA = re.compile(r"\s*(safe|unsafe)\s*(?:\n\s*(S\d+(?:\s*,\s*S\d+)*))?\s*$", re.IGNORECASE)
+SEES_IMAGES = re.compile(r"llama-guard-4|guard.*vision", re.IGNORECASE)
+"""Names of guards that take images; others get the texts."""
+MOST_TOKENS = 64
+OVERLAP = 100
+"""Characters of a window that are read again with the next one, so that no phrase is cut in two."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard said: safe, controversial or unsafe, and of which categories."""
+
+    verdict: str
+    categories: tuple[str, ...] = ()
+
+
+def parse_verdict(text: str) -> Verdict | None:
+    """The verdict in a guard's output, by Qwen3Guard's form or Llama Guard's; None for any other text.
+
+    Source: the model cards of Qwen3Guard-Gen and Llama-Guard-4-12B.
+    """
+    if match := QWEN.search(text):
+        found = QWEN_CATEGORIES.search(text)
+        listed = [name.strip() for name in found[1].split(",")] if found else []
+        return Verdict(match[1].lower(), tuple(name for name in listed if name.lower() != "none"))
+    if match := LLAMA.match(text):
+        return Verdict(match[1].lower(), tuple(name.strip() for name in (match[2] or "").split(",") if name.strip()))
+    return None
+
+
+class Guard(Hook):
+    """Refuses a prompt, and stops a reasoning or an answer, that the guard model calls unsafe."""
+
+    name = "guard"
+
+    def __init__(self, profile: Profile) -> None:
+        import openai
+
+        self.profile = profile
+        self.blocks = [name.strip() for name in profile.guard_blocks.split(",")]
+        if unknown := set(self.blocks) - {"unsafe", "controversial"}:
+            raise UsageError(f"--guard-blocks {', '.join(unknown)}: the verdicts are unsafe and controversial.")
+        try:
+            self.extra_body = json.loads(profile.guard_extra_body or "{}")
+        except ValueError as error:
+            raise UsageError(f"--guard-extra-body is no JSON: {error}.") from None
+        base_url = str(profile.guard_url).rstrip("/").removesuffix("/v1") + "/v1"
+        key = profile.guard_api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=profile.guard_timeout)
+        self.model = profile.guard_model
+
+    async def before(self, context: Context) -> None:
+        """The whole conversation."""
+        found = await self.check("prompt", await self.conversation(context))
+        if found:
+            raise Refuse(f"the request was refused by the server's guard: {said(found)}", 403)
+
+    async def on_text(self, context: Context, choice: int, part: Part, text: str) -> None:
+        """Gather text, and check it by windows."""
+        window = context.state.setdefault(f"guard {choice} {part}", [])
+        if part == "answer":
+            await self.flush(context, choice, "reasoning")
+        window.append(text)
+        if sum(map(len, window)) >= self.profile.guard_window:
+            await self.flush(context, choice, part)
+
+    async def after(self, context: Context, answer: Answer) -> None:
+        """What is left of both parts, before the end is sent."""
+        if answer.ended != "filtered":
+            for part in ("reasoning", "answer"):
+                await self.flush(context, answer.index, part)
+
+    async def flush(self, context: Context, choice: int, part: Part) -> None:
+        """Check what was gathered of a part, as the assistant's turn. Raises Stop."""
+        window = context.state.get(f"guard {choice} {part}", [])
+        seen = context.state.get(f"guard {choice} {part} seen", "")
+        if not window:
+            return
+        text = seen + "".join(window)
+        window.clear()
+        context.state[f"guard {choice} {part} seen"] = text[-OVERLAP:]
+        messages = [*await self.conversation(context), {"role": "assistant", "content": text}]
+        if found := await self.check(part, messages):
+            raise Stop(guard={"part": part, "verdict": found.verdict, "categories": list(found.categories)})
+
+    async def conversation(self, context: Context) -> list[dict[str, Any]]:
+        """The request's user and assistant turns, their images only where the guard sees them."""
+        images = bool(SEES_IMAGES.search(await self.model_name()))
+        turns = []
+        for message in context.request.messages:
+            content = message.get("content") or ""
+            if isinstance(content, list):
+                parts = [part for part in content if part.get("type") == "text" or (images and "image_url" in part)]
+                content = parts if images else "\n".join(part["text"] for part in parts)
+            if message["role"] in ("user", "assistant") and content:
+                turns.append({"role": message["role"], "content": content})
+        return turns or [{"role": "user", "content": ""}]
+
+    async def model_name(self) -> str:
+        """The guard's name on its server, asked for once; empty where the server does not answer."""
+        if self.model is None:
+            import openai
+
+            try:
+                self.model = (await self.client.models.list()).data[0].id
+            except (openai.OpenAIError, IndexError):
+                return ""
+        return self.model
+
+    async def check(self, part: str, messages: list[dict[str, Any]]) -> Verdict | None:
+        """The verdict where it blocks, else None. A guard that does not answer blocks by --guard-failure closed."""
+        import openai
+
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": MOST_TOKENS, "extra_body": self.extra_body}
+        try:
+            model = await self.model_name()
+            made = await self.client.chat.completions.create(model=model, messages=messages, **options)  # type: ignore[arg-type]
+            text = made.choices[0].message.content or ""
+            found, reason = parse_verdict(text), f"said {text[:80]!r}"
+        except (openai.OpenAIError, IndexError) as error:
+            found, reason = None, type(error).__name__
+        if found is None:
+            log.warning("the guard gave no verdict on the %s: %s", part, reason)
+            metrics.GUARD.labels(part, "none").inc()
+            return None if self.profile.guard_failure == "open" else Verdict("none")
+        metrics.GUARD.labels(part, found.verdict).inc()
+        return found if found.verdict in self.blocks else None
+
+
+def said(found: Verdict) -> str:
+    """A verdict for a client."""
+    if found.verdict == "none":
+        return "the guard did not answer; try again later"
+    categories = ", ".join(found.categories)
+    return f"{found.verdict} ({categories})" if categories else found.verdict

@@ -1,0 +1,131 @@
+"""The chain: order, limits, failures with a name, and hooks that cannot be."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvq_serve import metrics
+from qvq_serve.errors import UsageError
+from qvq_serve.hooks import Context, Hook, Refuse
+from qvq_serve.hooks.chain import Chain, HookFailed, load
+from qvq_serve.hooks.safety import Verdict, parse_verdict
+from qvq_serve.profile import Profile
+
+
+class First(Hook):
+    name = "first"
+
+    async def before(self, context: Context) -> None:
+        context.state.setdefault("calls", []).append(self.name)
+
+
+class Second(First):
+    name = "second"
+
+
+class Slow(Hook):
+    name = "slow"
+
+    async def before(self, context: Context) -> None:
+        await asyncio.sleep(10)
+
+
+class Raising(Hook):
+    name = "raising"
+
+    async def before(self, context: Context) -> None:
+        raise KeyError("a fault")
+
+
+class Refusing(Hook):
+    async def before(self, context: Context) -> None:
+        raise Refuse("not here", 403)
+
+
+class Faulty(Hook):
+    def __init__(self, profile: Profile) -> None:
+        raise OSError("no file")
+
+
+def run(*hooks: type[Hook], timeout: float = 0.1) -> Context:
+    context = Context(None)
+    asyncio.run(Chain([hook(Profile()) for hook in hooks], timeout).before(context))
+    return context
+
+
+def failures(name: str) -> float:
+    return metrics.HOOK_FAILURES.labels(name)._value.get()
+
+
+def test_hooks_run_in_their_order_and_only_where_they_override() -> None:
+    assert run(First, Hook, Second).state["calls"] == ["first", "second"]
+    assert Chain([Hook(Profile())], 1).stages == {"before": [], "on_image": [], "on_text": [], "after": []}
+
+
+@pytest.mark.parametrize("hook", [Slow, Raising])
+def test_a_hook_that_fails_is_named_and_counted(hook: type[Hook]) -> None:
+    before = failures(hook.name)
+    with pytest.raises(HookFailed, match=f"the server's hook {hook.name} failed"):
+        run(hook)
+    assert failures(hook.name) == before + 1
+
+
+def test_a_refusal_is_no_failure() -> None:
+    with pytest.raises(Refuse, match="not here"):
+        run(Refusing)
+
+
+def test_hooks_are_loaded_by_name_beside_ours_and_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_the_user.py").write_text("from qvq_serve.hooks import Hook\nclass Mine(Hook): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    mine = "beside_the_user:Mine"
+    assert [hook.name for hook in load(Profile(hook=mine))] == ["answer", "language", "Mine"]
+    assert [hook.name for hook in load(Profile(hook=mine, without_hooks="answer,Mine"))] == ["language"]
+    assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == ["answer", "language", "guard"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hook": "tests.unit.test_hooks"}, "package.module:Class is expected"),
+        ({"hook": "tests.unit.test_hooks:Nobody"}, "cannot be imported"),
+        ({"hook": "no_such_package:Hook"}, "cannot be imported"),
+        ({"hook": "json:dumps"}, "is no class that derives from qvq_serve.hooks.Hook"),
+        ({"hook": "tests.unit.test_hooks:Faulty"}, "the hook Faulty cannot be made: OSError('no file')"),
+        ({"without_hooks": "langage"}, "--without-hooks langage: there is no such hook"),
+        ({"guard_url": "http://guard", "guard_blocks": "bad"}, "--guard-blocks bad"),
+        ({"guard_url": "http://guard", "guard_extra_body": "{"}, "--guard-extra-body is no JSON"),
+    ],
+)
+def test_a_hook_that_cannot_be_is_said_at_the_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load(Profile(**options))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        # Qwen3Guard-Gen's model card: a prompt, then a response.
+        ("Safety: Unsafe\nCategories: Violent", Verdict("unsafe", ("Violent",))),
+        ("Safety: Safe\nCategories: None\nRefusal: Yes", Verdict("safe")),
+        ("Safety: Controversial\nCategories: Politically Sensitive Topics, PII\nRefusal: No",
+         Verdict("controversial", ("Politically Sensitive Topics", "PII"))),
+        # Llama Guard 3 and 4: two line ends may go before.
+        ("\n\nsafe", Verdict("safe")),
+        ("\n\nunsafe\nS9", Verdict("unsafe", ("S9",))),
+        ("unsafe\nS1,S10", Verdict("unsafe", ("S1", "S10"))),
+        # No verdict: a model that is no guard, or one that was cut.
+        ("I think that this is safe to say.", None),
+        ("safe or unsafe?", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_the_published_outputs_of_guards_are_read(text: str, verdict: Verdict | None) -> None:
+    assert parse_verdict(text) == verdict
