@@ -44,6 +44,7 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--default-chat-template-kwargs": "--system-prompt",
     "--allowed-media-domains": "--allowed-image-hosts",
     "--reasoning-parser": None,
+    "--structured-outputs-config": None,
     "--reasoning-config": "--thinking-budget",
 }
 
@@ -95,6 +96,11 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
         ),
         ("--chat-template", str(CHAT_TEMPLATE), "QVQ's template, with the system prompt as a variable"),
         ("--reasoning-parser", PARSER, "tells QVQ's reasoning from its answer (qvq_serve/hooks/reasoning.py)"),
+        (
+            "--structured-outputs-config",
+            {"enable_in_reasoning": True},
+            "our grammars describe the reasoning too (qvq_serve/hooks/request.py)",
+        ),
         ("--worker-extension-cls", "qvq_serve.worker.WorkerMemory", "each worker tells what memory it takes"),
         (
             "--default-chat-template-kwargs",

@@ -20,7 +20,6 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from qvq_serve import metrics
-from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
 from qvq_serve.hooks.images import bound_images
@@ -54,7 +53,6 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     context.state["chain"] = chain
     CONTEXT.set(context)
     try:
-        prepare(request)
         bound_images(context)
         await chain.before(context)
         made = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
@@ -78,13 +76,6 @@ def error(message: str, status: int) -> dict[str, Any]:
     kind = "BadRequestError" if status < 500 else "InternalServerError"
     shaped: dict[str, Any] = ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status)).model_dump()
     return shaped
-
-
-def prepare(request: QvqChatRequest) -> None:
-    """The server's thinking budget, where the request has none or a larger one."""
-    if (most := launched_profile().thinking_budget) is not None:
-        asked = request.thinking_token_budget
-        request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
 
 
 def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) -> str:

@@ -17,6 +17,7 @@ from qvq_serve.errors import UsageError
 from qvq_serve.hooks import Answer, Context, Hook, Part, Refuse, Stop
 from qvq_serve.hooks.answer import BoxedAnswer
 from qvq_serve.hooks.language import Languages
+from qvq_serve.hooks.request import RequestDefaults
 from qvq_serve.profile import Profile
 
 log = logging.getLogger("vllm.qvq_serve")
@@ -80,7 +81,7 @@ def load(profile: Profile) -> list[Hook]:
     """The hooks of a profile, in their order. Raises UsageError for one that is not there or cannot be made."""
     from qvq_serve.hooks.safety import Guard
 
-    classes: list[Any] = [BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
+    classes: list[Any] = [RequestDefaults, BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
     classes += [imported(path) for path in names(profile.hook)]
     classes += [loaded(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
     without = names(profile.without_hooks)

@@ -4,8 +4,7 @@ Built on vLLM's parser engine. The first marker ends the reasoning; the marker i
 Where there is none, `reasoning` is the whole text and `content` repeats its conclusion, at the end.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +17,12 @@ from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserSt
 from qvq_serve.engine import PARSER
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
+from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
-# The closing ** is left to the answer's lead: the tokenizer joins it with what follows. Of the Chinese words only
-# headings and those with a colon are markers: in running prose they are common ("to get the final answer, we ...").
-MARKERS = (
-    "**Final Answer", "**Final answer", "### Final Answer", "## Final Answer", "# Final Answer",
-    "**最终答案", "### 最终答案", "## 最终答案", "# 最终答案", "最终答案：", "最终答案:",
-)  # fmt: skip
-LEAD = re.compile(r"(?:[:：]?\*\*\s*[:：]?|[:：])?\s*")
-"""What of the marker stands before the answer: **, :**, a colon, line ends."""
-MAYBE_LEAD = re.compile(r"[\s*:：]*")
-JSON_LEAD = re.compile(r"[^{\[]*(?=[{\[])")
-"""What stands before JSON: the grammar holds from the token after the one that closes the marker."""
-ENDED = re.compile(f"(?:{'|'.join(re.escape(m) for m in MARKERS if m[-1] not in ':：')}).|最终答案[：:]", re.DOTALL)
-"""A marker and one character of what closes it: from there on a grammar holds."""
 PARSERS = "qvq_parsers"
 """Where a request's context keeps its parsers."""
-TAIL_TOKENS = 16
-"""Tokens in which a marker and its closing lie."""
+
 
 CONFIG = ParserEngineConfig(
     name=PARSER,
@@ -47,6 +33,7 @@ CONFIG = ParserEngineConfig(
     },
     strip_trailing_reasoning_whitespace=False,  # done here, the same in a stream and not
 )
+"""vLLM's description of a format: reasoning, a marker, and the answer. A thinking budget writes the first marker."""
 
 
 class Engine(ParserEngine):  # type: ignore[misc]
@@ -54,14 +41,6 @@ class Engine(ParserEngine):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, tools: Any = None, **options: Any) -> None:
         super().__init__(tokenizer, tools, **{"parser_engine_config": CONFIG} | options)
-
-
-def wants_json(request: Any) -> bool:
-    """Whether a request wants its answer as a JSON object or array."""
-    if getattr(request.response_format, "type", None) in ("json_schema", "json_object"):
-        return True
-    grammar = request.structured_outputs
-    return grammar is not None and (grammar.json is not None or bool(grammar.json_object))
 
 
 @dataclass
@@ -83,11 +62,9 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         self.special = frozenset(tokenizer.all_special_ids)
         self.answering = False
         self.results: list[Parsed] = []
-        self.json = False
         self.clear()
         if context := CONTEXT.get():
             context.state.setdefault(PARSERS, []).append(self)
-            self.json = wants_json(context.request)
 
     def clear(self) -> None:
         """Ready for the text of another choice."""
@@ -112,16 +89,11 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         return False
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        """Whether the last turn of a prompt has a marker, closed: an answer that is to be continued."""
+        """Whether the last turn of a prompt has a marker: an answer that is to be continued."""
         turn, ids = self.vocab.get(TURN), list(input_ids)
         start = len(ids) - ids[::-1].index(turn) if turn in ids else 0
         self.answering = bool(ENDED.search(self.model_tokenizer.decode(ids[start:])))
         return self.answering
-
-    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
-        """The same on a step of decoding, for structured outputs: whether the last tokens closed a marker."""
-        tail = input_ids[-TAIL_TOKENS - len(list(delta_ids)) :]
-        return bool(ENDED.search(self.model_tokenizer.decode(list(tail))))
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
         return input_ids
@@ -171,10 +143,8 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
                 answer = delta.content
             else:
                 self.lead += delta.content
-        if self.lead is not None:
-            lead = (JSON_LEAD if self.json else LEAD).match(self.lead)
-            if last or (lead and not MAYBE_LEAD.fullmatch(self.lead)):
-                answer, self.lead = self.lead[lead.end() if lead else 0 :], None
+        if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
+            answer, self.lead = LEAD.sub("", self.lead, count=1), None
         if last and not (self.answered or answer):
             answer, self.marked = conclusion(self.raw), False
         self.answered = self.answered or bool(answer)

@@ -122,7 +122,16 @@ def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(cache: Path, image_dir: Path) -> Iterator[Server]:
     """The demo model on the CPU, shared by all tests that need no server of their own."""
-    limits = ["--allowed-image-dir", str(image_dir), "--image-timeout", "2", "--max-output-tokens", "200"]
+    limits = [
+        "--allowed-image-dir",
+        str(image_dir),
+        "--image-timeout",
+        "2",
+        "--max-output-tokens",
+        "200",
+        "--allowed-image-hosts",
+        "127.0.0.1",
+    ]
     with serving(cache, "--demo", *limits) as running:
         yield running
 

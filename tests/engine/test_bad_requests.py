@@ -38,17 +38,45 @@ def test_a_long_data_url_is_not_echoed(server: Server) -> None:
 
 
 def test_an_image_url_that_hangs_is_refused_in_time(server: Server, web: str) -> None:
-    assert f"the image '{web}/hang' was not fetched within 2 s" in refused(server, {"url": f"{web}/hang"}, "What?")
+    assert f"image 1 of 1 ('{web}/hang') was not fetched within 2 s" in refused(server, {"url": f"{web}/hang"}, "What?")
 
 
 def test_an_image_url_that_leads_to_no_image_is_refused(server: Server, web: str) -> None:
     gone = refused(server, {"url": f"{web}/none.png"}, "What?")
-    assert gone == f"the image '{web}/none.png' cannot be read: Failed to fetch media from URL: HTTP 404 error"
+    assert gone == f"image 1 of 1 ('{web}/none.png') cannot be fetched: HTTP 404"
     assert "cannot be read" in refused(server, {"url": f"{web}/page.html"}, "What?")
-    refusing = {"url": "http://127.0.0.1:9/photo.png"}  # vLLM tries again, until the time is up
-    assert "was not fetched within 2 s" in refused(server, refusing, "What?")
-    assert "cannot be read" in refused(server, {"url": "gopher://127.0.0.1/photo.png"}, "What?")
+    assert "cannot be fetched" in refused(server, {"url": "http://127.0.0.1:9/photo.png"}, "What?")
+    assert "has the scheme 'gopher'" in refused(server, {"url": "gopher://127.0.0.1/photo.png"}, "What?")
     assert "is empty" in refused(server, {"url": ""}, "What?")
+    assert "this server reads from 127.0.0.1" in refused(server, {"url": "http://169.254.169.254/latest"}, "What?")
+
+
+def test_each_image_is_named_by_its_position(server: Server) -> None:
+    good = {"url": data_url(photo(64, 64))}
+    assert refused(server, good, good, inline(b"no image"), "What?").startswith("image 3 of 3 (")
+
+
+def test_an_image_of_too_many_bytes_or_pixels_is_refused_before_it_is_decoded(server: Server) -> None:
+    bomb = png(Image.new("1", (9_000, 9_000)))
+    assert len(bomb) < 20_000
+    assert "has 9000x9000 px, above the 50000000 that this server decodes" in refused(server, inline(bomb), "What?")
+    assert "has more than 20000000 bytes" in refused(server, inline(b"x" * 20_000_001), "What?")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_visual_tokens": 1_281}, "max_visual_tokens is 1281; this server takes 256 to 1280"),
+        ({"min_visual_tokens": 1}, "min_visual_tokens is 1; this server takes 256 to 1280"),
+        ({"min_visual_tokens": 600, "max_visual_tokens": 500}, "min_visual_tokens 600 is above max_visual_tokens 500"),
+        ({"max_visual_tokens": "many"}, "max_visual_tokens"),
+    ],
+)
+def test_bounds_that_the_server_does_not_take_are_refused(
+    server: Server, bounds: dict[str, object], message: str
+) -> None:
+    answer = server.chat(user({"url": data_url(photo(64, 64))}, "What?"), **bounds)
+    assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True)
 
 
 def test_a_file_outside_the_allowed_directory_is_refused(server: Server, image_dir: Path) -> None:

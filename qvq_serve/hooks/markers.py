@@ -1,0 +1,17 @@
+"""The words by which QVQ ends its reasoning; it has no <think> tags."""
+
+import re
+
+# The closing ** is left to the answer's lead: the tokenizer joins it with what follows. Of the Chinese words only
+# headings and those with a colon are markers: in running prose they are common ("to get the final answer, we ...").
+MARKERS = (
+    "**Final Answer", "**Final answer", "### Final Answer", "## Final Answer", "# Final Answer",
+    "**最终答案", "### 最终答案", "## 最终答案", "# 最终答案", "最终答案：", "最终答案:",
+)  # fmt: skip
+"""Each ends the reasoning, the first one wins."""
+ENDED = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+LEAD = re.compile(r"(?:[:：]?\*\*\s*[:：]?|[:：])?\s*")
+"""What of a marker stands before the answer: **, :**, a colon, line ends."""
+GRAMMAR_LEAD = r"[:：]?(\*\*)?[:：]?[ \n]{0,4}"
+"""The same for a grammar, which ends somewhere."""
+MAYBE_LEAD = re.compile(r"[\s*:：]*")

@@ -1,0 +1,59 @@
+"""What a request gets before it runs: a thinking budget, and a grammar that leaves the reasoning free."""
+
+import json
+from typing import Any
+
+from qvq_serve.hooks import Context, Hook
+from qvq_serve.hooks.markers import ENDED, MARKERS
+from qvq_serve.profile import Profile
+
+SHARE_OF_REASONING = 0.75
+"""Of a structured request's output, where it has no budget: the rest is for what the grammar describes."""
+
+
+MOST_WHITESPACE = 24
+"""Of JSON, in one place: enough for its indentation, and no loop of spaces."""
+
+
+class RequestDefaults(Hook):
+    """Bounds `thinking_token_budget`, and moves a grammar behind the reasoning."""
+
+    name = "request"
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+
+    async def before(self, context: Context) -> None:
+        request = context.request
+        most, asked = self.profile.thinking_budget, request.thinking_token_budget
+        if most is not None:
+            request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
+        grammar = request.extract_structured_outputs()
+        if grammar is None or is_answering(request):
+            return
+        request.structured_outputs, request.response_format = behind_reasoning(grammar), None
+        if request.thinking_token_budget is None:
+            output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
+            request.thinking_token_budget = int(min(output, self.profile.max_output_tokens) * SHARE_OF_REASONING)
+
+
+def is_answering(request: Any) -> bool:
+    """Whether the request is to continue a message that has its marker already."""
+    return bool(request.continue_final_message and ENDED.search(str(request.messages[-1].get("content"))))
+
+
+def behind_reasoning(grammar: Any) -> Any:
+    """Any text up to a marker, then what the grammar describes. The model cannot stop before it has written that.
+
+    vLLM starts a grammar after the reasoning where a parser tells its end by a token; QVQ's ends by words.
+    """
+    from vllm.parser.abstract_parser import structured_outputs_to_format
+    from vllm.sampling_params import StructuredOutputsParams
+
+    reasoning = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": list(MARKERS)}
+    gap = {"type": "regex", "pattern": "[:：]?[ \\n]{0,4}"}
+    answer = structured_outputs_to_format(grammar).model_dump()
+    if answer["type"] == "json_schema":
+        answer["max_whitespace_cnt"] = MOST_WHITESPACE
+    whole = {"type": "structural_tag", "format": {"type": "sequence", "elements": [reasoning, gap, answer]}}
+    return StructuredOutputsParams(structural_tag=json.dumps(whole))
