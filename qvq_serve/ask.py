@@ -56,21 +56,27 @@ def ask(url: str, images: list[str], question: str, *, api_key: str | None, max_
 
 
 def print_stream(stream: Any, started: float) -> None:
-    """Print a stream of chat chunks: reasoning dimmed and answer bright on a terminal, plain text elsewhere."""
+    """Print a stream of chat chunks: reasoning dimmed and answer bright on a terminal, parts apart elsewhere."""
     styles = {"reasoning": DIM, "content": BRIGHT} if sys.stdout.isatty() else {}
-    usage, finish = None, None
+    usage, finish, last = None, None, None
+    qvq: dict[str, Any] = {}
     for chunk in stream:
         usage = chunk.usage or usage
-        for choice in chunk.choices:
+        qvq = getattr(chunk, "qvq", None) or qvq
+        if error := getattr(chunk, "error", None):
+            raise UsageError(f"the server failed: {error.get('message')}")
+        for choice in chunk.choices or ():
             finish = choice.finish_reason or finish
             for part in ("reasoning", "content"):
                 if text := getattr(choice.delta, part, None):
-                    style = styles.get(part, "")
-                    print(style + text + (PLAIN if style else ""), end="", flush=True)
+                    gap = "\n\n" if last not in (None, part) else ""
+                    last, style = part, styles.get(part, "")
+                    print(gap + style + text + (PLAIN if style else ""), end="", flush=True)
     print()
     if usage:
+        ended = qvq.get("ended", finish)
         print(
             f"({usage.prompt_tokens} tokens in, {usage.completion_tokens} out, {time.monotonic() - started:.1f} s, "
-            f"ended by {finish})",
+            f"{ended})",
             file=sys.stderr,
         )

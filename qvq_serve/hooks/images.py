@@ -165,7 +165,7 @@ def decoded(url: str, most_bytes: int) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise FetchError("cannot be read: a data URL must be data:image/...;base64,...")
-    if len(data) * 3 // 4 > most_bytes + 2:
+    if len(data) * 3 // 4 - data[-2:].count("=") > most_bytes:
         raise FetchError(f"has more than {most_bytes} bytes")
     try:
         return base64.b64decode(data, validate=True)
@@ -177,8 +177,11 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
     """The image in some bytes, its size looked at before it is decoded. Raises FetchError, or Pillow's errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+        except Image.UnidentifiedImageError:
+            raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:
         raise FetchError(f"has {width}x{height} px, above the {most_pixels} that this server decodes")
     return media.load_bytes(content)

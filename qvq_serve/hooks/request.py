@@ -1,4 +1,4 @@
-"""What a request gets before it runs: a thinking budget, and a grammar that leaves the reasoning free."""
+"""What a request gets before it runs: a thinking budget, an end of loops, a grammar behind the reasoning."""
 
 import json
 from typing import Any
@@ -11,12 +11,14 @@ SHARE_OF_REASONING = 0.75
 """Of a structured request's output, where it has no budget: the rest is for what the grammar describes."""
 
 
+LOOP_LEAST, LOOP_COUNT = 8, 6
+"""A loop: a pattern of at least so many tokens, so many times in a row; zeros of a matrix are none yet."""
 MOST_WHITESPACE = 24
 """Of JSON, in one place: enough for its indentation, and no loop of spaces."""
 
 
 class RequestDefaults(Hook):
-    """Bounds `thinking_token_budget`, and moves a grammar behind the reasoning."""
+    """Bounds `thinking_token_budget`, ends exact loops, and moves a grammar behind the reasoning."""
 
     name = "request"
 
@@ -28,6 +30,8 @@ class RequestDefaults(Hook):
         most, asked = self.profile.thinking_budget, request.thinking_token_budget
         if most is not None:
             request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
+        if request.repetition_detection is None and self.profile.loop_pattern:
+            request.repetition_detection = loop_detection(self.profile.loop_pattern)
         grammar = request.extract_structured_outputs()
         if grammar is None or is_answering(request):
             return
@@ -35,6 +39,13 @@ class RequestDefaults(Hook):
         if request.thinking_token_budget is None:
             output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
             request.thinking_token_budget = int(min(output, self.profile.max_output_tokens) * SHARE_OF_REASONING)
+
+
+def loop_detection(most: int) -> Any:
+    """vLLM's own detection of exact loops, of patterns up to `most` tokens."""
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    return RepetitionDetectionParams(max_pattern_size=most, min_pattern_size=LOOP_LEAST, min_count=LOOP_COUNT)
 
 
 def is_answering(request: Any) -> bool:

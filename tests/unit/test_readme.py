@@ -1,10 +1,19 @@
-"""The README's flags are --help's. `python -m tests.unit.test_readme` writes them."""
+"""The README's flags are --help's, and its hook works. `python -m tests.unit.test_readme` writes the flags."""
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qvq_serve.hooks import Answer, Context, Refuse
+from qvq_serve.hooks.chain import Chain
+from qvq_serve.profile import Profile
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(<!-- flags:.*?-->\n).*?(<!-- /flags -->)", re.DOTALL)
@@ -32,6 +41,21 @@ def test_the_readme_names_only_files_that_exist() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+def test_the_readmes_hook_works() -> None:
+    code = re.search(r"```python\n(from qvq_serve.hooks import .*?)```", README.read_text(), re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    chain = Chain([names["Tenants"](Profile())], 1)
+    visitor = Context(SimpleNamespace(max_tokens=None), {"x-tenant": "visitor"})
+    asyncio.run(chain.before(visitor))
+    assert visitor.request.max_tokens == 512
+    with pytest.raises(Refuse, match="X-Tenant is missing"):
+        asyncio.run(chain.before(Context(visitor.request)))
+    answer = Answer(0, "", "", "answered", {})
+    asyncio.run(chain.after(visitor, answer))
+    assert answer.qvq == {"images": 0}
 
 
 if __name__ == "__main__":
