@@ -271,17 +271,19 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """`serve`: choose, refuse what cannot be, bring what is missing, and serve until told to stop."""
     resolved, gpus = chosen(arguments)
     from qvq_serve import demo, engine, preflight
+    from qvq_serve.memory import queue_limit
     from qvq_serve.model import DEMO, KNOWN, locate, missing_files
 
     profile = resolved.profile
     if arguments.dry_run:
         preflight.check_usage(profile)
         # Where this machine has no GPU, a model that needs them is shown as on one that has.
-        print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN)))
+        queued = queue_limit(profile, gpus) if gpus or profile.model not in KNOWN else None
+        print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN), queued=queued))
         return 0
     for passed_over in preflight.check_start(resolved, gpus, arguments.force):
         say(f"--force goes on against this: {passed_over}")
-    launch = engine.command(profile, gpus=len(gpus))
+    launch = engine.command(profile, gpus=len(gpus), queued=queue_limit(profile, gpus))
     if profile.model == DEMO:
         demo.ensure()
     elif profile.model in KNOWN and missing_files(locate(profile.model)):

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = PARSER = "qvq"
 PLUGIN = "qvq_serve"
+API_KEY_VARIABLE = "QVQ_LAUNCHED_API_KEY"
 GUARD_KEY_VARIABLE = "QVQ_LAUNCHED_GUARD_KEY"
 SECRET = [f.name for f in OPTIONS if f.metadata["secret"]]
 PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
@@ -44,6 +46,8 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--default-chat-template-kwargs": "--system-prompt",
     "--allowed-media-domains": "--allowed-image-hosts",
     "--reasoning-parser": None,
+    "--disable-uvicorn-access-log": None,
+    "--logging-config": "--log-format",
     "--structured-outputs-config": None,
     "--reasoning-config": "--thinking-budget",
 }
@@ -66,8 +70,10 @@ class Command:
         return "\n".join([*lines, shlex.join(["vllm", "serve", *self.argv])])
 
 
-def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Command:
+def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queued: int | None = None) -> Command:
     """The launch of a profile on a machine with `gpus` GPUs, or, with none, on the given cores of its CPU.
+
+    `queued` requests may run or wait, where the profile does not say.
 
     Raises UsageError where an argument after `--` is one of ours, or a CPU has fewer cores than workers.
     """
@@ -96,6 +102,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
         ),
         ("--chat-template", str(CHAT_TEMPLATE), "QVQ's template, with the system prompt as a variable"),
         ("--reasoning-parser", PARSER, "tells QVQ's reasoning from its answer (qvq_serve/hooks/reasoning.py)"),
+        ("--middleware", "qvq_serve.api.door.Door", "keys, closed routes, body size, drain (qvq_serve/api/door.py)"),
         (
             "--structured-outputs-config",
             {"enable_in_reasoning": True},
@@ -115,7 +122,13 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
             argv += [option.metadata["vllm"], str(value)]
     for name, value, _ in derived:
         argv += [name, json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value]
+    argv.append("--disable-uvicorn-access-log")  # the door logs each request, with its id
+    if profile.log_format == "json" or (profile.log_format == "auto" and not sys.stderr.isatty()):
+        argv += ["--logging-config", json.dumps({"formatter": "json"})]
     reasons = {name: reason for name, _, reason in derived}
+    if profile.max_queued_requests is None and queued is not None:
+        argv += ["--max-num-queued-reqs", str(queued)]
+        reasons["--max-num-queued-reqs"] = "twice the typical requests that the memory plan has room for"
 
     # The model is a local directory: nothing is asked of a hub, and nothing is reported to one.
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": CONNECTOR}
@@ -127,7 +140,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None) -> Co
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"
     environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k not in SECRET})
-    secrets = {"VLLM_API_KEY": profile.key(), GUARD_KEY_VARIABLE: profile.guard_api_key}
+    secrets = {API_KEY_VARIABLE: profile.key(), GUARD_KEY_VARIABLE: profile.guard_api_key}
     return Command(environment, [*argv, *profile.vllm], reasons, {name: key for name, key in secrets.items() if key})
 
 
@@ -201,12 +214,14 @@ def run(launch: Command) -> None:
     arguments = parse(launch.argv)
     configure_logging_from_args(arguments)
     prove_plugin()
+    from qvq_serve.api import lifecycle
     from qvq_serve.hooks import chain
 
     chain.launched()  # a hook that cannot be made is said before the model loads
     try:
         validate_parsed_serve_args(arguments)
         ServeSubcommand.cmd(arguments)
+        lifecycle.prove_drained()
     except (QvqError, KeyboardInterrupt):
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 EXIT_USAGE = 2
 EXIT_START = 3
 EXIT_DOES_NOT_FIT = 4
+EXIT_ENGINE_DIED = 5
 
 
 class QvqError(Exception):
@@ -24,6 +25,12 @@ class StartError(QvqError):
     """What was asked for is sound, but this machine cannot start it now."""
 
     exit_code = EXIT_START
+
+
+class EngineDied(QvqError):
+    """vLLM's engine ended while the server was serving."""
+
+    exit_code = EXIT_ENGINE_DIED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

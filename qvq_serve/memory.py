@@ -318,6 +318,20 @@ def host_bytes(profile: Profile, limits: EngineLimits) -> int:
     return limits.max_num_seqs * profile.max_model_len * 4 * FP32 + 2 * 4 * GIB
 
 
+CPU_QUEUED = 256
+"""Requests that may run or wait on a CPU, which the plan knows nothing of: twice vLLM's own sequences there."""
+
+
+def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
+    """Requests that may run or wait at once: twice the typical ones that the cards of this machine have room for."""
+    if not gpus:
+        return CPU_QUEUED
+    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    made = plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus))
+    limits = engine_limits(profile, made.card.lower(), made.memory / GIB)
+    return max(16, math.ceil(2 * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
+
+
 def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]:
     """How each use was worked out, in a few words."""
     split = f" / TP {profile.tp}" if profile.tp > 1 else ""

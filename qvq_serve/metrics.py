@@ -24,3 +24,8 @@ HOOK_SECONDS = Histogram(
     "qvq_hook_seconds", "Time of a hook's call", ["hook", "stage"],
     buckets=(1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10),
 )  # fmt: skip
+
+IN_FLIGHT = Gauge("qvq_requests_in_flight", "POST requests that came in and are not finished")
+REJECTED = Counter("qvq_rejections_total", "Requests that the door or the engine's queue turned away", ["reason"])
+READY = Gauge("qvq_ready", "1 once a request with an image was answered, 0 before, and in a drain")
+DRAINING = Gauge("qvq_draining", "1 after SIGTERM")

@@ -24,24 +24,33 @@ class Api:
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """Our chat route, in the place of vLLM's."""
-        from qvq_serve.api import chat
+        """Our chat route, in the place of vLLM's, and /ready."""
+        from qvq_serve.api import chat, lifecycle
 
         chat.attach(app)
+        app.get("/ready")(lifecycle.ready)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called once the engine is up and before requests are taken."""
-        from qvq_serve.api import memory
+        from prometheus_client import start_http_server
+
+        from qvq_serve.api import lifecycle, memory
         from qvq_serve.engine import launched_profile
         from qvq_serve.hooks import chain
 
         state.qvq_chain = chain.launched()
-        # The state keeps the task: an event loop holds only weak references to its tasks.
-        state.qvq_memory = asyncio.create_task(memory.watch(engine_client, launched_profile()))
-        state.qvq_memory.add_done_callback(report_end)
+        if port := launched_profile().metrics_port:
+            start_http_server(port, launched_profile().host)
+        # The state keeps the tasks: an event loop holds only weak references to them.
+        state.qvq_tasks = [
+            asyncio.create_task(memory.watch(engine_client, launched_profile()), name="memory figures"),
+            asyncio.create_task(lifecycle.run(state, launched_profile()), name="the lifecycle"),
+        ]
+        for task in state.qvq_tasks:
+            task.add_done_callback(report_end)
 
 
 def report_end(task: "asyncio.Task[None]") -> None:
-    """Memory figures that end while the server lives are worth a line; the server goes on without them."""
+    """A task of ours that ends by a fault is worth a line; the server goes on without it."""
     if not task.cancelled() and (error := task.exception()):
-        logging.getLogger("vllm.qvq_serve").warning("memory figures ended: %s: %s", type(error).__name__, error)
+        logging.getLogger("vllm.qvq_serve").warning("%s ended: %s: %s", task.get_name(), type(error).__name__, error)

@@ -65,7 +65,23 @@ class Profile:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", vllm="--host")
     port: int = option(8000, "port to listen on", vllm="--port")
     api_key: str | None = option(None, "key that clients must send; never shown", metavar="KEY", secret=True)
-    api_key_file: str | None = option(None, "file whose first line is the key", metavar="FILE")
+    api_key_file: str | None = option(None, "file of keys, one a line; read again when it changes", metavar="FILE")
+    open_routes: str | None = option(None, "routes of vLLM's to open, round our hooks and limits", metavar="PATHS")
+    metrics_port: int | None = option(None, "port for /metrics alone (default: the server's own)")
+    max_body_bytes: int = option(120_000_000, "bytes of a request's body, at most")
+    max_choices: int = option(8, "n of a request, at most")
+    max_queued_requests: int | None = option(
+        None,
+        "requests running or waiting, at most; more get a 503 (default: twice what the plan has room for)",
+        metavar="N",
+        vllm="--max-num-queued-reqs",
+    )
+    request_timeout: float = option(1800.0, "seconds that a request may take in all", metavar="SECONDS")
+    keep_alive: int = option(
+        15, "seconds of silence in a stream before a comment; 0: none", vllm="--sse-keep-alive-interval"
+    )
+    drain_timeout: float = option(300.0, "seconds that running requests get at SIGTERM", metavar="SECONDS")
+    log_format: str = option("auto", "json, text, or auto: text on a terminal", metavar="FORMAT")
     allowed_image_dir: str | None = option(
         None,
         "file:// images are read below this directory; without it, none are",
@@ -109,6 +125,9 @@ class Profile:
             ("top_k", 1),
             ("max_output_tokens", 1),
             ("max_image_bytes", 1),
+            ("max_body_bytes", 1),
+            ("max_choices", 1),
+            ("max_queued_requests", 1),
             ("max_image_pixels", 1),
             ("thinking_budget", 1),
             ("loop_pattern", 0),
@@ -135,13 +154,18 @@ class Profile:
                 f"--gpu-memory-utilization {self.gpu_memory_utilization}: it is a share, above 0 and at most 1, "
                 "for example 0.92."
             )
-        if not 0 < self.port < 65536:
-            raise UsageError(f"--port {self.port}: a port is a number from 1 to 65535, for example 8000.")
-        for name in ("image_timeout", "hook_timeout", "guard_timeout"):
+        for name in ("port", "metrics_port"):
+            if (port := getattr(self, name)) is not None and not 0 < port < 65536:
+                raise UsageError(f"{flag(name)} {port}: a port is a number from 1 to 65535, for example 8000.")
+        for name in ("image_timeout", "hook_timeout", "guard_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) <= 0:
                 raise UsageError(f"{flag(name)} {seconds}: it must be above 0 seconds.")
-        if self.guard_failure not in ("open", "closed"):
-            raise UsageError(f"--guard-failure {self.guard_failure}: it is open or closed.")
+        for name, words in (("guard_failure", ("open", "closed")), ("log_format", ("auto", "json", "text"))):
+            if (word := getattr(self, name)) not in words:
+                raise UsageError(f"{flag(name)} {word}: it is one of {', '.join(words)}.")
+        for name in ("keep_alive", "drain_timeout"):
+            if (seconds := getattr(self, name)) < 0:
+                raise UsageError(f"{flag(name)} {seconds}: it must be 0 or more seconds.")
         if self.api_key is not None and not self.api_key.strip():
             raise UsageError("the API key is empty; give a key, or leave --api-key and QVQ_API_KEY out for none.")
         if self.api_key is not None and self.api_key_file is not None:

@@ -4,8 +4,11 @@ A response's bytes are vLLM's, but for what hooks change, `finish_reason: repeti
 the `qvq` object: in the response, or in the chunk that ends a stream; in each choice where there are several.
 """
 
+import asyncio
+import hashlib
 import json
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -20,6 +23,8 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from qvq_serve import metrics
+from qvq_serve.api import limits
+from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
 from qvq_serve.hooks.images import bound_images
@@ -29,6 +34,11 @@ PATH = "/v1/chat/completions"
 DATA, DONE = "data: ", "data: [DONE]\n\n"
 PARTS: dict[str, Part] = {"reasoning": "reasoning", "content": "answer"}
 """The fields of a message or delta, and the parts of an answer that hooks know."""
+OURS = {"length": "length", "repetition": "looped", "abort": "timeout"}
+"""`ended` by vLLM's finish_reason, where it is not `stop`."""
+OPENAI = {"repetition": "stop", "abort": "length"}
+"""What OpenAI's clients know, for what only vLLM has."""
+TIMED_OUT = "timed out"
 OWN_ANSWER = ("answered", "concluded")
 
 
@@ -52,7 +62,14 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     context = Context(request, dict(raw_request.headers))
     context.state["chain"] = chain
     CONTEXT.set(context)
+    profile = launched_profile()
+    request.request_id = f"{getattr(raw_request.state, 'qvq_request_id', '')}-{uuid.uuid4().hex[:8]}".lstrip("-")
+    request.cache_salt = salted(request.cache_salt, getattr(raw_request.state, "qvq_owner", None))
+    engine = raw_request.app.state.engine_client
+    timer = asyncio.get_running_loop().call_later(profile.request_timeout, time_is_up, context, engine)
+    streaming = False
     try:
+        limits.check(request, profile)
         bound_images(context)
         await chain.before(context)
         made = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
@@ -61,14 +78,28 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         if isinstance(made, ChatCompletionResponse):
             headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
             return JSONResponse(await whole(context, chain, made.model_dump()), headers=headers)
+        streaming = True
     except Refuse as refusal:
+        metrics.REJECTED.labels("request").inc()
         return JSONResponse(error(refusal.message, refusal.status), refusal.status)
     except HookFailed as failure:
         return JSONResponse(error(str(failure), 500), 500)
+    finally:
+        if not streaming:
+            timer.cancel()
     interval = float(raw_request.app.state.args.sse_keep_alive_interval)
-    return StreamingResponse(
-        with_sse_keep_alive(streamed(context, chain, made), interval), media_type="text/event-stream"
-    )
+    events = streamed(context, chain, made, timer)
+    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+
+
+def time_is_up(context: Context, engine: Any) -> None:
+    """End a request whose time is over: vLLM finishes it with what there is."""
+    context.state[TIMED_OUT] = asyncio.create_task(engine.abort(f"chatcmpl-{context.request.request_id}"))
+
+
+def salted(salt: str | None, owner: str | None) -> str | None:
+    """A client's salt of the prefix cache, made its key's own: tenants do not see each other's prefixes by the time."""
+    return hashlib.sha256(f"{owner}:{salt or ''}".encode()).hexdigest() if owner else salt
 
 
 def error(message: str, status: int) -> dict[str, Any]:
@@ -80,8 +111,8 @@ def error(message: str, status: int) -> dict[str, Any]:
 
 def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) -> str:
     """`ended` of a choice that vLLM finished."""
-    if finish_reason in ("length", "repetition"):
-        return {"length": "length", "repetition": "looped"}[finish_reason]
+    if finish_reason in OURS:
+        return OURS[finish_reason]
     budget = context.request.thinking_token_budget
     if parsed.marked and budget is not None and 0 <= budget <= parsed.reasoning_tokens:
         return "concluded"
@@ -136,13 +167,14 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
         else:
             if answer.content != content:
                 message["content"] = answer.content
-        if choice["finish_reason"] == "repetition":
-            choice["finish_reason"] = "stop"
+        choice["finish_reason"] = OPENAI.get(choice["finish_reason"], choice["finish_reason"])
         (choice if several else response)["qvq"] = answer.qvq
     return response
 
 
-async def streamed(context: Context, chain: Chain, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def streamed(
+    context: Context, chain: Chain, events: AsyncGenerator[str, None], timer: asyncio.TimerHandle
+) -> AsyncGenerator[str, None]:
     """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
     CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
     texts: dict[int, dict[Part, str]] = defaultdict(lambda: {"reasoning": "", "answer": ""})
@@ -179,6 +211,7 @@ async def streamed(context: Context, chain: Chain, events: AsyncGenerator[str, N
     finally:
         if open_choices:  # the client went away
             metrics.ANSWERS.labels("cancelled").inc(len(open_choices))
+        timer.cancel()
         await events.aclose()
 
 
@@ -201,8 +234,8 @@ async def passed(
     parsed = parser_of(context, choice["index"]).parsed()
     answer = Answer(choice["index"], text["reasoning"], text["answer"], how_it_ended(context, reason, parsed), {})
     await finished(context, chain, answer, parsed)
-    if reason == "repetition":
-        choice["finish_reason"] = "stop"
+    if reason in OPENAI:
+        choice["finish_reason"] = OPENAI[reason]
         event = f"{DATA}{compact(chunk)}\n\n"
     if (context.request.n or 1) > 1:
         choice["qvq"] = answer.qvq

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.multimodal.media.connector import MediaConnector, global_thread_pool
 from vllm.multimodal.media.image import ImageMediaIO
@@ -180,7 +180,7 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 width, height = image.size
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:
         raise FetchError(f"has {width}x{height} px, above the {most_pixels} that this server decodes")

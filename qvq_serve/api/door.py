@@ -1,0 +1,221 @@
+"""The door: an ASGI middleware before everything, that knows each request, its key, and what may come in.
+
+Closed routes, keys, body size, drain, overload, one log line a request. Pure ASGI, so that streams pass untouched.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from qvq_serve import metrics
+from qvq_serve.api import lifecycle
+from qvq_serve.engine import API_KEY_VARIABLE, launched_profile
+from qvq_serve.hooks.chain import names
+from qvq_serve.profile import Profile
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+
+log = logging.getLogger("vllm.qvq_serve")
+OPEN_ROUTES = ("/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/chat/completions")
+WITHOUT_KEY = ("/health", "/ready", "/metrics")
+QUIET = ("/health", "/ready", "/metrics")
+"""Probes: logged only where they fail."""
+DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id")
+"""By which a client would choose its place in the queue, or the engine's name of a request, which must be the only one."""
+
+
+class Keys:
+    """The keys that open the server: one that was given, or the lines of a file, read again when the file changes."""
+
+    def __init__(self, profile: Profile, given: str | None) -> None:
+        self.file = Path(profile.api_key_file) if profile.api_key_file else None
+        self.digests = [digest(given)] if given else []
+        self.stamp: tuple[int, int] | None = None
+
+    def any(self) -> bool:
+        return bool(self.file or self.digests)
+
+    def refresh(self) -> None:
+        """Read the file again if it changed; a file that cannot be read, or has no key, leaves the keys as they are."""
+        if self.file is None:
+            return
+        try:
+            stat = self.file.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp == self.stamp:
+                return
+            lines = [line.strip() for line in self.file.read_text().splitlines()]
+        except OSError as error:
+            log.warning("the file of keys cannot be read (%s); the keys stay as they are", error.strerror)
+            return
+        self.stamp = stamp
+        if found := [digest(line) for line in lines if line and not line.startswith("#")]:
+            self.digests = found
+        else:
+            log.warning("the file of keys has no key; the keys stay as they are")
+
+    def owner(self, authorization: str) -> str | None:
+        """The digest of the key in an Authorization header, if it opens; compared in constant time with each."""
+        self.refresh()
+        scheme, _, key = authorization.partition(" ")
+        given = digest(key.strip()) if scheme.lower() == "bearer" else ""
+        matches = [known for known in self.digests if hmac.compare_digest(known, given)]
+        return matches[0] if matches else None
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class Refusal(Exception):
+    """What the door answers itself."""
+
+    def __init__(self, status: int, reason: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.message, self.headers = status, reason, message, headers or {}
+
+
+class Door:
+    """ASGI middleware; vLLM loads it by --middleware."""
+
+    def __init__(self, app: Any) -> None:
+        import os
+
+        self.app = app
+        self.profile = launched_profile()
+        self.keys = Keys(self.profile, os.environ.get(API_KEY_VARIABLE))
+        self.open_routes = {*OPEN_ROUTES, *names(self.profile.open_routes)}
+        if self.profile.metrics_port:
+            self.open_routes -= {"/metrics"}
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Passage(self, scope, receive, send)
+        try:
+            await self.app(request.admitted(), request.receive, request.send)
+        except Refusal as refusal:
+            await request.refused(refusal)
+        finally:
+            request.done()
+
+
+class Passage:
+    """One request on its way through the door."""
+
+    def __init__(self, door: Door, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        self.door, self.scope, self._receive, self._send = door, scope, receive, send
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        self.path, self.method = scope["path"], scope["method"]
+        self.id = clean(self.headers.get("x-request-id", "")) or uuid.uuid4().hex
+        self.started, self.status, self.body_bytes = time.monotonic(), 0, 0
+        self.counted = self.sent = False
+
+    def admitted(self) -> MutableMapping[str, Any]:
+        """The scope for the app. Raises Refusal."""
+        door, profile = self.door, self.door.profile
+        if self.path not in door.open_routes:
+            raise Refusal(404, "closed", f"{self.path} is not served here; --open-routes {self.path} opens a route of "
+                          "vLLM's (its requests go round the hooks, the guard and the limits)")  # fmt: skip
+        owner = None
+        if door.keys.any() and self.path not in WITHOUT_KEY:
+            owner = door.keys.owner(self.headers.get("authorization", ""))
+            if owner is None:
+                raise Refusal(
+                    401, "key", "a valid key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"}
+                )
+        if self.method == "POST":
+            if lifecycle.STATE.draining:
+                raise Refusal(503, "draining", "the server is shutting down; ask another one", retry())
+            if int_or(self.headers.get("content-length"), 0) > profile.max_body_bytes:
+                raise self.too_large()
+            lifecycle.STATE.in_flight += 1
+            metrics.IN_FLIGHT.inc()
+            self.counted = True
+        kept = [(name, value) for name, value in self.scope["headers"] if name.lower() not in DROPPED_HEADERS]
+        return {**self.scope, "headers": kept, "state": {**self.scope.get("state", {}), "qvq_owner": owner,
+                                                          "qvq_request_id": self.id}}  # fmt: skip
+
+    def too_large(self) -> Refusal:
+        return Refusal(413, "body", f"the body has more than {self.door.profile.max_body_bytes} bytes")
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.body_bytes += len(message.get("body", b""))
+        if self.body_bytes > self.door.profile.max_body_bytes:
+            raise self.too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.sent, self.status = True, message["status"]
+            extra = {"x-request-id": self.id}
+            if self.status in (429, 503) and self.path not in WITHOUT_KEY:
+                metrics.REJECTED.labels("overload").inc()
+                extra |= retry()
+            message["headers"] = [*message.get("headers", ()), *encoded(extra)]
+        await self._send(message)
+
+    async def refused(self, refusal: Refusal) -> None:
+        """Send an answer of the door's own, shaped as OpenAI's."""
+        metrics.REJECTED.labels(refusal.reason).inc()
+        if self.sent:
+            return
+        self.status = refusal.status
+        kind = {401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
+        shaped = {"message": refusal.message, "type": kind.get(refusal.status, "BadRequestError"), "param": None,
+                  "code": refusal.status}  # fmt: skip
+        body = json.dumps({"error": shaped}).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "x-request-id": self.id}
+        if self.body_bytes or self.method == "POST":
+            headers["connection"] = "close"  # the rest of a body is not read
+        headers |= refusal.headers
+        await self._send({"type": "http.response.start", "status": refusal.status, "headers": encoded(headers)})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def done(self) -> None:
+        """Count it, and log it: never a prompt, an image or a key."""
+        if self.counted:
+            lifecycle.STATE.in_flight -= 1
+            metrics.IN_FLIGHT.dec()
+            if self.status == 200:
+                lifecycle.STATE.finished.append(time.monotonic())
+        if self.path in QUIET and self.status in (200, 0):
+            return
+        seconds = round(time.monotonic() - self.started, 4)
+        fields = {"request_id": self.id, "method": self.method, "path": self.path, "status": self.status,
+                  "seconds": seconds, "body_bytes": self.body_bytes}  # fmt: skip
+        log.info("%s %s %s in %.3f s (%s)", self.method, self.path, self.status, seconds, self.id, extra=fields)
+
+
+def retry() -> dict[str, str]:
+    """When to come again, from the queue and the rate."""
+    return {"retry-after": str(lifecycle.STATE.retry_after())}
+
+
+def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def clean(request_id: str) -> str:
+    """A client's request id, if it is short and plain enough for a log."""
+    return request_id if len(request_id) <= 128 and request_id.replace("-", "").replace("_", "").isalnum() else ""
+
+
+def int_or(text: str | None, default: int) -> int:
+    try:
+        return int(text or default)
+    except ValueError:
+        return default

@@ -1,0 +1,90 @@
+"""What a request may ask for: fields by an allow-list, and bounds on what could stall or kill the engine."""
+
+from typing import Any
+
+from qvq_serve.errors import nearest
+from qvq_serve.hooks import Refuse
+from qvq_serve.profile import Profile
+
+IGNORED = frozenset({
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "verbosity", "modalities", "prediction", "web_search_options", "function_call", "functions", "reasoning",
+})  # fmt: skip
+"""Fields of OpenAI's that clients send by themselves; vLLM ignores them, and so do we."""
+REFUSED = {
+    "use_beam_search": "it takes the engine's time from everybody",
+    "prompt_logprobs": "it holds the logits of the whole prompt in memory",
+    "echo": "the prompt is the client's already",
+    "documents": "QVQ's template has no place for them",
+    "chat_template": "the server's own is used",
+    "tools": "QVQ was not made to call tools",
+    "kv_transfer_params": "it is for servers among themselves",
+    "ec_transfer_params": "it is for servers among themselves",
+    "truncate_prompt_tokens": "it would cut images in two; make the prompt shorter",
+    "mm_processor_kwargs": "min_visual_tokens and max_visual_tokens bound images",
+    "media_io_kwargs": "min_visual_tokens and max_visual_tokens bound images",
+    "vllm_xargs": "no extension of this server reads it",
+}
+"""Fields that are refused where they say anything, with the reason."""
+# vLLM 0.32's V2 runner holds so many, and dies of more: v1/worker/gpu/sample/logit_bias.py. One stop id is the model's.
+MOST_LOGIT_BIAS, MOST_ALLOWED_TOKENS, MOST_STOP_IDS = 1024, 1024, 120
+MOST_BAD_WORDS, MOST_STOPS, MOST_STOP_CHARACTERS = 64, 16, 256
+MOST_GRAMMAR_CHARACTERS = 50_000
+MOST_LOOP_PATTERN = 128
+MOST_MESSAGES = 512
+
+
+def check(request: Any, profile: Profile) -> None:
+    """Raises Refuse, naming the field, the value and what would do; drops what is not the client's to set."""
+    for name in request.model_extra or {}:
+        if name not in IGNORED:
+            raise Refuse(f"the field '{name}' is not known here.{nearest(name, known(request))}")
+    for name, reason in REFUSED.items():
+        if getattr(request, name, None):
+            raise Refuse(f"the field '{name}' is not taken: {reason}")
+    for name, found, most in sizes(request, profile):
+        if found > most:
+            raise Refuse(f"{name} is {found}; this server takes at most {most}")
+    grammar = request.structured_outputs or request.response_format
+    if grammar is not None and (size := len(grammar_text(grammar))) > MOST_GRAMMAR_CHARACTERS:
+        raise Refuse(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
+    request.priority, request.session_id = 0, None
+    drop_uuids(request.messages)
+
+
+def known(request: Any) -> list[str]:
+    """The fields that a request can have."""
+    return [name for name in type(request).model_fields if name not in REFUSED]
+
+
+def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
+    """(what, how much of it, the most) of a request."""
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    loop = request.repetition_detection
+    return [
+        ("n", request.n or 1, profile.max_choices),
+        ("the number of messages", len(request.messages), MOST_MESSAGES),
+        ("the length of logit_bias", len(request.logit_bias or ()), MOST_LOGIT_BIAS),
+        ("the length of allowed_token_ids", len(request.allowed_token_ids or ()), MOST_ALLOWED_TOKENS),
+        ("the length of stop_token_ids", len(request.stop_token_ids or ()), MOST_STOP_IDS),
+        ("the length of logprob_token_ids", len(request.logprob_token_ids or ()), MOST_ALLOWED_TOKENS),
+        ("the length of bad_words", len(request.bad_words or ()), MOST_BAD_WORDS),
+        ("the length of stop", len(stops), MOST_STOPS),
+        ("the length of a stop string", max(map(len, stops), default=0), MOST_STOP_CHARACTERS),
+        ("repetition_detection.max_pattern_size", loop.max_pattern_size if loop else 0, MOST_LOOP_PATTERN),
+        ("min_tokens", request.min_tokens, profile.max_output_tokens),
+    ]
+
+
+def grammar_text(grammar: Any) -> str:
+    """A grammar as text, whatever its kind, to know its size."""
+    return str(grammar.model_dump() if hasattr(grammar, "model_dump") else grammar)
+
+
+def drop_uuids(messages: list[Any]) -> None:
+    """An image's uuid would stand for its content in the caches that all clients share."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                part.pop("uuid", None)
