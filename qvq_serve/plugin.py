@@ -1,8 +1,16 @@
 """Everything that vLLM loads from us, on one page. vLLM calls `register` in each of its processes, maybe repeatedly."""
 
 import asyncio
+import ctypes
 import logging
+import multiprocessing
+import os
+import signal
+import sys
 from typing import Any
+
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 def register() -> None:
@@ -13,8 +21,19 @@ def register() -> None:
     from qvq_serve.engine import CONNECTOR, PARSER
     from qvq_serve.hooks.images import ImageConnector
 
+    end_with_parent()
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(ImageConnector)
     ReasoningParserManager.register_lazy_module(PARSER, "qvq_serve.hooks.reasoning", "QvqReasoningParser")
+
+
+def end_with_parent() -> None:
+    """In vLLM's child processes: have the kernel end this one when its parent is gone, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:  # it went before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Api:

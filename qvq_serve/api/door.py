@@ -9,6 +9,7 @@ import json
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ WITHOUT_KEY = ("/health", "/ready", "/metrics")
 QUIET = ("/health", "/ready", "/metrics")
 """Probes: logged only where they fail."""
 DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id")
-"""By which a client would choose its place in the queue, or the engine's name of a request, which must be the only one."""
+"""By which a client would choose its place in the queue, or the engine's name of a request, which must be unique."""
 
 
 class Keys:
@@ -105,7 +106,9 @@ class Door:
             return
         request = Passage(self, scope, receive, send)
         try:
-            await self.app(request.admitted(), request.receive, request.send)
+            admitted = request.admitted()
+            await request.read_unsized()
+            await self.app(admitted, request.receive, request.send)
         except Refusal as refusal:
             await request.refused(refusal)
         finally:
@@ -122,6 +125,7 @@ class Passage:
         self.id = clean(self.headers.get("x-request-id", "")) or uuid.uuid4().hex
         self.started, self.status, self.body_bytes = time.monotonic(), 0, 0
         self.counted = self.sent = False
+        self.messages: deque[Message] = deque()
 
     def admitted(self) -> MutableMapping[str, Any]:
         """The scope for the app. Raises Refusal."""
@@ -151,11 +155,24 @@ class Passage:
     def too_large(self) -> Refusal:
         return Refusal(413, "body", f"the body has more than {self.door.profile.max_body_bytes} bytes")
 
+    async def read_unsized(self) -> None:
+        """Read a body that does not say its length, before the app does. Raises Refusal for one that is too large."""
+        if self.method != "POST" or "content-length" in self.headers:
+            return  # the HTTP server holds a body to its length
+        more = True
+        while more:
+            message = await self._receive()
+            self.messages.append(message)
+            self.body_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if self.body_bytes > self.door.profile.max_body_bytes:
+                raise self.too_large()
+
     async def receive(self) -> Message:
+        if self.messages:
+            return self.messages.popleft()
         message = await self._receive()
         self.body_bytes += len(message.get("body", b""))
-        if self.body_bytes > self.door.profile.max_body_bytes:
-            raise self.too_large()
         return message
 
     async def send(self, message: Message) -> None:

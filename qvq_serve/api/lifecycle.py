@@ -21,6 +21,8 @@ log = logging.getLogger("vllm.qvq_serve")
 RATE_WINDOW_S = 60.0
 MOST_RETRY_S = 60
 POLL_S = 0.1
+GRACE_S = 0.5
+"""For the errors to reach the clients of a dead engine."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ def prove_drained() -> None:
 
 
 async def run(state: Any, profile: Profile) -> None:
-    """Take over the signals once the HTTP server is there, and become ready when a request with an image passed."""
+    """Take over the signals once the HTTP server is there; become ready; end by a drain, or when the engine dies."""
     while not (getattr(state, "server", None) and state.server.started):
         await asyncio.sleep(POLL_S)
     loop = asyncio.get_running_loop()
@@ -64,9 +66,17 @@ async def run(state: Any, profile: Profile) -> None:
         loop.add_signal_handler(number, stop.set)
     STATE.serving = True
     probe = asyncio.create_task(become_ready(state))
-    await stop.wait()
+    while not stop.is_set() and not state.engine_client.errored:
+        await asyncio.sleep(POLL_S)
     probe.cancel()
-    await drain(state, profile)
+    if stop.is_set():
+        await drain(state, profile)
+    else:  # vLLM's own watchdog looks every 5 s
+        STATE.ready = False
+        metrics.READY.set(0)
+        log.error("the engine died; the server ends")
+        await asyncio.sleep(GRACE_S)
+        state.server.should_exit = True
 
 
 async def ready() -> Response:

@@ -28,7 +28,7 @@ REFUSED = {
 """Fields that are refused where they say anything, with the reason."""
 # vLLM 0.32's V2 runner holds so many, and dies of more: v1/worker/gpu/sample/logit_bias.py. One stop id is the model's.
 MOST_LOGIT_BIAS, MOST_ALLOWED_TOKENS, MOST_STOP_IDS = 1024, 1024, 120
-MOST_BAD_WORDS, MOST_STOPS, MOST_STOP_CHARACTERS = 64, 16, 256
+MOST_BAD_WORDS, MOST_STOP_CHARACTERS = 64, 256
 MOST_GRAMMAR_CHARACTERS = 50_000
 MOST_LOOP_PATTERN = 128
 MOST_MESSAGES = 512
@@ -69,7 +69,6 @@ def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
         ("the length of stop_token_ids", len(request.stop_token_ids or ()), MOST_STOP_IDS),
         ("the length of logprob_token_ids", len(request.logprob_token_ids or ()), MOST_ALLOWED_TOKENS),
         ("the length of bad_words", len(request.bad_words or ()), MOST_BAD_WORDS),
-        ("the length of stop", len(stops), MOST_STOPS),
         ("the length of a stop string", max(map(len, stops), default=0), MOST_STOP_CHARACTERS),
         ("repetition_detection.max_pattern_size", loop.max_pattern_size if loop else 0, MOST_LOOP_PATTERN),
         ("min_tokens", request.min_tokens, profile.max_output_tokens),

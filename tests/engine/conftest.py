@@ -74,12 +74,13 @@ class Server:
 
 
 @contextmanager
-def serving(cache: Path, *arguments: str, **environ: str) -> Iterator[Server]:
+def serving(cache: Path, *arguments: str, key: str | None = KEY, stop: bool = True, **environ: str) -> Iterator[Server]:
     """A qvq-serve with these arguments; stopped by SIGTERM, which must end it with exit code 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = cache / f"server-{port}.log"
-    command = [Path(sys.executable).parent / "qvq-serve", "--port", str(port), "--api-key", KEY, *arguments]
+    command = [Path(sys.executable).parent / "qvq-serve", "--port", str(port)]
+    command += [*(["--api-key", key] if key else []), *arguments]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"QVQ_CACHE": str(cache)} | environ
@@ -92,8 +93,9 @@ def serving(cache: Path, *arguments: str, **environ: str) -> Iterator[Server]:
                 pytest.fail(f"the server did not start (exit code {process.poll()}):\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         yield server
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        if stop:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -101,7 +103,7 @@ def serving(cache: Path, *arguments: str, **environ: str) -> Iterator[Server]:
 
 def up(server: Server) -> bool:
     try:
-        return server.alive()
+        return httpx.get(f"{server.url}/ready", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 

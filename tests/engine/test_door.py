@@ -1,0 +1,217 @@
+"""What the door lets in: keys, routes, bounds, and what it says; on the shared server unless a start is needed."""
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.engine.conftest import KEY, Server, data_url, photo, serving, user
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def keyed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server with a file of keys, small limits, its metrics on a port of their own, and vLLM's own chat opened."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("# two of them\nkey-one\nkey-two\n")
+    limits = ["--max-body-bytes", "100000", "--max-queued-requests", "4", "--request-timeout", "6"]
+    routes = ["--open-routes", "/invocations", "--without-hooks", "answer,language,request", "--keep-alive", "1"]
+    with serving(cache, "--demo", "--api-key-file", str(keys), *limits, *routes, key=None) as running:
+        yield running, keys
+
+
+def post(server: Server, path: str = CHAT, key: str | None = KEY, **body: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = {"messages": [user("Hi")], "max_tokens": 4, "temperature": 0} | body
+    return httpx.post(f"{server.url}{path}", json=request, headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/version", CHAT])
+def test_every_open_route_but_the_probes_needs_a_key(server: Server, path: str) -> None:
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}):
+        answer = httpx.get(f"{server.url}{path}", headers=header)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError"), header
+    for probe in ("/health", "/ready", "/metrics"):
+        assert httpx.get(f"{server.url}{probe}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/messages", "/v1/responses", "/invocations", "/tokenize", "/docs", "/openapi.json",
+             "/v1/chat/completions/batch", "/load", "/ping", "/pooling", "/", "/v1/models/", "//v1/models", "/nothing"]
+)  # fmt: skip
+def test_routes_that_go_round_the_hooks_are_closed_and_say_how_to_open_them(server: Server, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = httpx.request(method, f"{server.url}{path}", headers=server.headers)
+        assert answer.status_code == 404
+        assert f"--open-routes {path} opens" in answer.json()["error"]["message"]
+
+
+def test_keys_come_from_a_file_that_is_read_again(keyed: tuple[Server, Path]) -> None:
+    server, keys = keyed
+    assert [post(server, key=key).status_code for key in ("key-one", "key-two", "key-three", None)] == [
+        200,
+        200,
+        401,
+        401,
+    ]
+    keys.write_text("key-two\nkey-three\n")
+    assert [post(server, key=key).status_code for key in ("key-one", "key-two", "key-three")] == [401, 200, 200]
+    keys.write_text("")
+    assert post(server, key="key-two").status_code == 200  # an empty file locks nobody out
+    log = server.log.read_text()
+    assert "the file of keys has no key" in log
+    assert not re.search("key-one|key-two|key-three", log.replace(str(keys), ""))
+
+
+def test_a_response_with_all_hooks_off_is_vllms_own_but_for_the_qvq_object(keyed: tuple[Server, Path]) -> None:
+    """/invocations is vLLM's handler of the same request, on the same engine."""
+    server, _ = keyed
+
+    def apart(text: str) -> tuple[str, list[str]]:
+        ids = re.compile(r'"(id|created|request_id)":("[^"]*"|\d+)')
+        objects = re.findall(r',"qvq":\{[^}]*\}', text)
+        return ids.sub("", re.sub(r',"qvq":\{[^}]*\}', "", text)), objects
+
+    for stream in (False, True):
+        body = {"messages": [user({"url": data_url(photo(90, 90))}, "What?")], "max_tokens": 20, "stream": stream,
+                "logprobs": True, "top_logprobs": 2}  # fmt: skip
+        body |= {"stream_options": {"include_usage": True}} if stream else {}
+        ours, theirs = (post(server, path, "key-two", **body) for path in (CHAT, "/invocations"))
+        assert (ours.status_code, theirs.status_code) == (200, 200)
+        (text, objects), (expected, none) = apart(ours.text), apart(theirs.text)
+        assert text == expected
+        assert (len(objects), none) == (1, [])
+
+
+BODIES: list[tuple[dict[str, Any], str]] = [
+    ({"n": 10_000}, "n is 10000; this server takes at most 8"),
+    ({"logit_bias": {str(i): 1 for i in range(1_025)}}, "the length of logit_bias is 1025"),
+    ({"allowed_token_ids": list(range(1_025))}, "the length of allowed_token_ids is 1025"),
+    ({"stop_token_ids": list(range(121)), "min_tokens": 1}, "the length of stop_token_ids is 121"),
+    ({"bad_words": ["a"] * 65}, "the length of bad_words is 65"),
+    ({"stop": ["x"] * 17}, "List should have at most 4 items"),
+    ({"stop": ["x" * 257]}, "the length of a stop string is 257"),
+    ({"use_beam_search": True}, "the field 'use_beam_search' is not taken"),
+    ({"prompt_logprobs": 1}, "the field 'prompt_logprobs' is not taken"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "the field 'tools' is not taken: QVQ was not made"),
+    ({"structured_outputs": {"grammar": "x" * 50_001}}, "this server takes at most 50000"),
+    ({"repetition_detection": {"max_pattern_size": 9_999, "min_count": 2}}, "max_pattern_size is 9999"),
+    ({"max_token": 3}, "the field 'max_token' is not known here. Did you mean 'max_tokens'?"),
+    ({"mm_processor_kwargs": {"max_pixels": 1}}, "the field 'mm_processor_kwargs' is not taken"),
+    ({"messages": [{"role": "user", "content": "x"}] * 513}, "the number of messages is 513"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BODIES, ids=lambda value: next(iter(value)) if value else None)
+def test_what_could_stall_or_kill_the_engine_is_refused_by_name(
+    server: Server, body: dict[str, Any], message: str
+) -> None:
+    answer = post(server, **body)
+    assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True), answer.text
+    assert server.alive()
+
+
+def test_fields_that_clients_send_by_themselves_and_those_that_are_not_theirs_do_no_harm(server: Server) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(photo(64, 64))}, "uuid": "somebody-elses"}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "What?"}]}
+    mine = {"user": "me", "metadata": {"a": "b"}, "store": False, "priority": -100, "session_id": "s"}
+    assert post(server, messages=[message], **mine).status_code == 200
+    missing = {"type": "image_url", "image_url": None, "uuid": "somebody-elses"}
+    again = {"role": "user", "content": [missing, {"type": "text", "text": "What?"}]}
+    assert post(server, messages=[again], **mine).status_code == 400
+
+
+def test_a_body_that_is_too_large_is_refused_whether_it_says_its_length_or_not(keyed: tuple[Server, Path]) -> None:
+    server, _ = keyed
+    headers = {"Authorization": "Bearer key-two", "Content-Type": "application/json"}
+    body = json.dumps({"messages": [user("x" * 100_000)]}).encode()
+    pieces = (body[i : i + 1_000] for i in range(0, len(body), 1_000))
+    for content in (body, pieces):
+        answer = httpx.post(f"{server.url}{CHAT}", content=content, headers=headers, timeout=30)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"] == "the body has more than 100000 bytes"
+    assert server.alive()
+
+
+def test_a_full_queue_says_when_to_come_again(keyed: tuple[Server, Path]) -> None:
+    server, _ = keyed
+    statuses: list[httpx.Response] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(post(server, key="key-two", max_tokens=300, ignore_eos=True)))
+        for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [answer for answer in statuses if answer.status_code == 503]
+    assert refused and len(refused) + sum(answer.status_code == 200 for answer in statuses) == 12
+    assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+    assert 'qvq_rejections_total{reason="overload"}' in httpx.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_time_is_up_ends_with_what_there_is(keyed: tuple[Server, Path], stream: bool) -> None:
+    server, _ = keyed
+    started = time.monotonic()
+    answer = post(server, key="key-two", max_tokens=8_000, ignore_eos=True, stream=stream)
+    assert 5 < time.monotonic() - started < 12
+    last = answer.json() if not stream else json.loads(answer.text.split("data: ")[-2])
+    assert (last["choices"][0]["finish_reason"], last["qvq"]["ended"]) == ("length", "timeout")
+
+
+def test_a_request_id_is_kept_and_may_come_twice_at_once(server: Server) -> None:
+    headers = server.headers | {"X-Request-Id": "mine-1"}
+    body = {"messages": [user("Hi")], "max_tokens": 100, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{server.url}{CHAT}", json=body, headers=headers, timeout=60))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert {answer.headers["x-request-id"] for answer in answers} == {"mine-1"}
+    assert len({answer.json()["id"] for answer in answers}) == 4
+    odd = httpx.get(f"{server.url}/health", headers={"X-Request-Id": 'a"b\\n'})
+    assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
+
+
+def test_the_log_is_json_with_ids_and_without_prompts_images_or_keys(server: Server) -> None:
+    image = data_url(photo(64, 64, 9))
+    server.chat(user({"url": image}, "a-word-that-nobody-logs"), max_tokens=2)
+    text = server.log.read_text()
+    assert "a-word-that-nobody-logs" not in text
+    assert image[30:90] not in text
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    mine = [line for line in lines if line.get("path") == CHAT]
+    assert {"request_id", "status", "seconds", "body_bytes"} <= set(mine[-1])
+
+
+def test_tenants_share_no_prefix_and_one_tenant_does(keyed: tuple[Server, Path]) -> None:
+    server, keys = keyed
+    keys.write_text("key-two\nkey-three\n")
+
+    def hits() -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        return float(re.search(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", text, re.MULTILINE)[1])
+
+    messages = [user("A prefix that is long enough for some blocks of the cache. " * 10 + str(os.getpid()))]
+    counts = []
+    for key in ("key-two", "key-three", "key-three"):
+        before = hits()
+        assert post(server, key=key, messages=messages).status_code == 200
+        counts.append(hits() - before)
+    assert counts[:2] == [0, 0]
+    assert counts[2] > 100
