@@ -43,7 +43,7 @@ def timed(client: httpx.Client, route: str, **body: object) -> float:
 
 
 def main() -> None:
-    command = [str(QVQ_SERVE), "--demo", "--port", str(PORT), "--open-routes", "/invocations"]
+    command = [str(QVQ_SERVE), "--demo", "--port", str(PORT), "--open-routes", "/invocations", "--loop-pattern", "0"]
     with Path("/tmp/overhead.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     rounds = []
@@ -64,7 +64,7 @@ def main() -> None:
     chunks = [(row["ours_stream"] - row["vllm_stream"]) / CHUNKS for row in rounds]
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.overhead",
+        "command": "python -m benchmarks.overhead RESULT.json",
         "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "added_us_a_request": spread(requests),
         "added_us_a_chunk": spread(chunks),

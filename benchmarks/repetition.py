@@ -48,7 +48,7 @@ def main() -> None:
         print(size, rows[size])
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.repetition",
+        "command": "python -m benchmarks.repetition RESULT.json",
         "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "requests": REQUESTS,
         "by_max_pattern_size": rows,

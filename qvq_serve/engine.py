@@ -48,6 +48,7 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--reasoning-parser": None,
     "--disable-uvicorn-access-log": None,
     "--logging-config": "--log-format",
+    "--sse-keep-alive-interval": "--keep-alive",
     "--structured-outputs-config": None,
     "--reasoning-config": "--thinking-budget",
 }

@@ -77,9 +77,7 @@ class Profile:
         vllm="--max-num-queued-reqs",
     )
     request_timeout: float = option(1800.0, "seconds that a request may take in all", metavar="SECONDS")
-    keep_alive: int = option(
-        15, "seconds of silence in a stream before a comment; 0: none", vllm="--sse-keep-alive-interval"
-    )
+    keep_alive: int = option(15, "seconds of silence in a stream before a comment; 0: none")
     drain_timeout: float = option(300.0, "seconds that running requests get at SIGTERM", metavar="SECONDS")
     log_format: str = option("auto", "json, text, or auto: text on a terminal", metavar="FORMAT")
     allowed_image_dir: str | None = option(

@@ -9,18 +9,16 @@ import hashlib
 import json
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import Field
+from pydantic import Field, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
-from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from qvq_serve import metrics
 from qvq_serve.api import limits
@@ -31,6 +29,8 @@ from qvq_serve.hooks.images import bound_images
 from qvq_serve.hooks.reasoning import PARSERS, Parsed
 
 PATH = "/v1/chat/completions"
+EVENT_STREAM = "text/event-stream"
+UNFINISHED = '"finish_reason":null'
 DATA, DONE = "data: ", "data: [DONE]\n\n"
 PARTS: dict[str, Part] = {"reasoning": "reasoning", "content": "answer"}
 """The fields of a message or delta, and the parts of an answer that hooks know."""
@@ -42,11 +42,29 @@ TIMED_OUT = "timed out"
 OWN_ANSWER = ("answered", "concluded")
 
 
+OBJECTS = {
+    "structured_outputs": '{"choice": ["yes", "no"]}',
+    "response_format": '{"type": "json_object"}',
+    "stream_options": '{"include_usage": true}',
+    "repetition_detection": '{"max_pattern_size": 32, "min_count": 4}',
+}
+"""Fields that are objects, each with an example."""
+
+
 class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
     """vLLM's request, and what only this server has."""
 
     min_visual_tokens: int | None = Field(None, ge=1, description="Each image is enlarged to at least so many tokens.")
     max_visual_tokens: int | None = Field(None, ge=1, description="Each image is reduced to at most so many tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def objects_are_objects(cls, data: Any) -> Any:
+        """vLLM's own validators take these for objects unseen, and a string there would be a 500."""
+        for name in OBJECTS if isinstance(data, dict) else ():
+            if data.get(name) is not None and not isinstance(data[name], dict):
+                raise ValueError(f"{name} must be an object, for example {OBJECTS[name]}")
+        return data
 
 
 def attach(app: FastAPI) -> None:
@@ -87,9 +105,7 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     finally:
         if not streaming:
             timer.cancel()
-    interval = float(raw_request.app.state.args.sse_keep_alive_interval)
-    events = streamed(context, chain, made, timer)
-    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+    return StreamingResponse(streamed(context, chain, made, timer), media_type=EVENT_STREAM)
 
 
 def time_is_up(context: Context, engine: Any) -> None:
@@ -119,7 +135,7 @@ def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) ->
     return "answered" if parsed.marked else "unmarked"
 
 
-async def finished(context: Context, chain: Chain, answer: Answer, parsed: Parsed) -> Answer:
+async def completed(context: Context, chain: Chain, answer: Answer, parsed: Parsed) -> Answer:
     """The choice with its `qvq` object, hooks' share included, counted in the metrics."""
     answer.qvq |= {
         "ended": answer.ended,
@@ -158,10 +174,10 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
             for field, part in PARTS.items():
                 if text := message[field]:
                     await chain.on_text(context, answer.index, part, text)
-            await finished(context, chain, answer, parsed)
+            await completed(context, chain, answer, parsed)
         except Stop as stop:
             answer = Answer(answer.index, "", "", "filtered", dict(stop.details))
-            await finished(context, chain, answer, parsed)
+            await completed(context, chain, answer, parsed)
             message |= {"reasoning": None, "content": None}
             choice["finish_reason"] = "content_filter"
         else:
@@ -177,14 +193,16 @@ async def streamed(
 ) -> AsyncGenerator[str, None]:
     """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
     CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
-    texts: dict[int, dict[Part, str]] = defaultdict(lambda: {"reasoning": "", "answer": ""})
     open_choices = set(range(context.request.n or 1))
     several = len(open_choices) > 1
+    untouched = not chain.stages["on_text"]
     last: dict[str, Any] = {}
     try:
         try:
             async for event in events:
-                if not event.startswith(DATA + "{"):
+                if context.first_text is None and '"role"' not in event:
+                    context.first_text = time.monotonic()
+                if not event.startswith(DATA + "{") or (untouched and UNFINISHED in event):
                     yield event
                     continue
                 last = json.loads(event[len(DATA) :])
@@ -192,15 +210,13 @@ async def streamed(
                     metrics.ANSWERS.labels("error").inc(len(open_choices))
                     open_choices.clear()
                 for choice in last.get("choices", ()):
-                    event = await passed(context, chain, last, choice, texts[choice["index"]], event)
+                    event = await passed(context, chain, last, choice, event)
                     if choice.get("finish_reason"):
                         open_choices.discard(choice["index"])
                 yield event
         except Stop as stop:
             for index in sorted(open_choices):
-                text = texts[index]
-                answer = Answer(index, text["reasoning"], text["answer"], "filtered", dict(stop.details))
-                await finished(context, chain, answer, parser_of(context, index).parsed())
+                answer = await finished(context, chain, index, "filtered", dict(stop.details))
                 yield closing(last, index, answer.qvq, several)
             open_choices.clear()
             yield DONE
@@ -215,25 +231,25 @@ async def streamed(
         await events.aclose()
 
 
-def parser_of(context: Context, index: int) -> Any:
-    """The parser of a choice of a stream: vLLM makes one for each, after those of the request itself."""
-    return context.state[PARSERS][index - (context.request.n or 1)]
+async def finished(
+    context: Context, chain: Chain, index: int, ended: str | None, qvq: dict[str, Any], reason: str | None = None
+) -> Answer:
+    """A choice of a stream with its `qvq` object; it ended as said, or else as vLLM's finish_reason and text tell."""
+    parser = context.state[PARSERS][index - (context.request.n or 1)]  # one for each, after those of the request itself
+    parsed = parser.parsed()
+    ended = ended or how_it_ended(context, reason, parsed)
+    answer = Answer(index, parser.sent["reasoning"], parser.sent["content"], ended, qvq)
+    return await completed(context, chain, answer, parsed)
 
 
-async def passed(
-    context: Context, chain: Chain, chunk: dict[str, Any], choice: dict[str, Any], text: dict[Part, str], event: str
-) -> str:
+async def passed(context: Context, chain: Chain, chunk: dict[str, Any], choice: dict[str, Any], event: str) -> str:
     """The event of a chunk, after the hooks saw its text; with the `qvq` object where the choice ends."""
     for field, part in PARTS.items():
         if piece := choice["delta"].get(field):
-            context.first_text = context.first_text or time.monotonic()
-            text[part] += piece
             await chain.on_text(context, choice["index"], part, piece)
     if not (reason := choice.get("finish_reason")):
         return event
-    parsed = parser_of(context, choice["index"]).parsed()
-    answer = Answer(choice["index"], text["reasoning"], text["answer"], how_it_ended(context, reason, parsed), {})
-    await finished(context, chain, answer, parsed)
+    answer = await finished(context, chain, choice["index"], None, {}, reason)
     if reason in OPENAI:
         choice["finish_reason"] = OPENAI[reason]
         event = f"{DATA}{compact(chunk)}\n\n"

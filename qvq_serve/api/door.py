@@ -3,6 +3,7 @@
 Closed routes, keys, body size, drain, overload, one log line a request. Pure ASGI, so that streams pass untouched.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -126,6 +127,8 @@ class Passage:
         self.started, self.status, self.body_bytes = time.monotonic(), 0, 0
         self.counted = self.sent = False
         self.messages: deque[Message] = deque()
+        self.last_sent = self.started
+        self.comments: asyncio.Task[None] | None = None
 
     def admitted(self) -> MutableMapping[str, Any]:
         """The scope for the app. Raises Refusal."""
@@ -175,14 +178,31 @@ class Passage:
         self.body_bytes += len(message.get("body", b""))
         return message
 
+    async def keep_alive(self, seconds: float) -> None:
+        """Comments in a silent stream, so that no proxy takes it for dead.
+
+        Not vLLM's --sse-keep-alive-interval: its task for each chunk took 7 % of the throughput of the demo.
+        """
+        while True:
+            await asyncio.sleep(seconds - (time.monotonic() - self.last_sent))
+            if time.monotonic() - self.last_sent >= seconds:
+                await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                self.last_sent = time.monotonic()
+
     async def send(self, message: Message) -> None:
+        self.last_sent = time.monotonic()
         if message["type"] == "http.response.start":
             self.sent, self.status = True, message["status"]
             extra = {"x-request-id": self.id}
             if self.status in (429, 503) and self.path not in WITHOUT_KEY:
                 metrics.REJECTED.labels("overload").inc()
                 extra |= retry()
+            silence = self.door.profile.keep_alive
+            if silence and any(value.startswith(b"text/event-stream") for _, value in message.get("headers", ())):
+                self.comments = asyncio.create_task(self.keep_alive(silence))
             message["headers"] = [*message.get("headers", ()), *encoded(extra)]
+        elif self.comments and not message.get("more_body"):
+            self.comments.cancel()
         await self._send(message)
 
     async def refused(self, refusal: Refusal) -> None:
@@ -204,6 +224,8 @@ class Passage:
 
     def done(self) -> None:
         """Count it, and log it: never a prompt, an image or a key."""
+        if self.comments:
+            self.comments.cancel()
         if self.counted:
             lifecycle.STATE.in_flight -= 1
             metrics.IN_FLIGHT.dec()

@@ -71,6 +71,7 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         self._parser_engine.initialize_streaming()
         self._parser_engine._reset()
         self.raw = self.space = ""
+        self.sent = {"reasoning": "", "content": ""}
         self.ids: list[int] = []
         self.marked = self.answered = False
         self.lead: str | None = None
@@ -148,6 +149,8 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         if last and not (self.answered or answer):
             answer, self.marked = conclusion(self.raw), False
         self.answered = self.answered or bool(answer)
+        self.sent["reasoning"] += sent
+        self.sent["content"] += answer
         shown = {name: text for name, text in (("reasoning", sent), ("content", answer)) if text}
         return DeltaMessage(**shown) if shown else None
 

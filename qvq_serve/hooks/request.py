@@ -30,11 +30,11 @@ class RequestDefaults(Hook):
         most, asked = self.profile.thinking_budget, request.thinking_token_budget
         if most is not None:
             request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
-        if request.repetition_detection is None and self.profile.loop_pattern:
-            request.repetition_detection = loop_detection(self.profile.loop_pattern)
         grammar = request.extract_structured_outputs()
+        if grammar is None and request.repetition_detection is None and self.profile.loop_pattern:
+            request.repetition_detection = loop_detection(self.profile.loop_pattern)
         if grammar is None or is_answering(request):
-            return
+            return  # with a grammar the budget ends a loop, so that its answer comes
         request.structured_outputs, request.response_format = behind_reasoning(grammar), None
         if request.thinking_token_budget is None:
             output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens

@@ -215,3 +215,18 @@ def test_tenants_share_no_prefix_and_one_tenant_does(keyed: tuple[Server, Path])
         counts.append(hits() - before)
     assert counts[:2] == [0, 0]
     assert counts[2] > 100
+
+
+def test_a_silent_stream_gets_comments_and_stays_whole(keyed: tuple[Server, Path]) -> None:
+    """Long prompts that fill the engine keep a stream waiting for its first token."""
+    server, _ = keyed
+    long = [user(f"{number} " + "word " * 1_500) for number in range(3)]
+    others = [threading.Thread(target=post, args=(server,), kwargs={"key": "key-two", "messages": [m]}) for m in long]
+    for thread in others:
+        thread.start()
+    answer = post(server, key="key-two", messages=[user("9 " + "word " * 1_500)], stream=True)
+    for thread in others:
+        thread.join()
+    assert ": keep-alive\n\n" in answer.text
+    assert answer.text.rstrip().endswith("data: [DONE]")
+    assert all(json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {"))
