@@ -5,8 +5,11 @@
 Starts the demo on the CPU and asks it greedily, one request at a time, through /v1/chat/completions (ours, all of our
 hooks but the guard) and through /invocations, vLLM's own handler of the same request on the same engine. Ten rounds;
 in each, both sides take turns; a figure is the median of the rounds' differences, with the least and the largest.
+Since that is about nothing beside the machine's noise, the events of a stream are also put through our part of the
+route alone, in this process, without and with a hook that looks at each piece.
 """
 
+import asyncio
 import datetime
 import json
 import os
@@ -15,11 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 
 from benchmarks.startup import PORT, QVQ_SERVE, URL, processor, wait_until_up
+from qvq_serve.api.chat import streamed
+from qvq_serve.hooks import Context, Hook, Part
+from qvq_serve.hooks.chain import Chain
+from qvq_serve.hooks.reasoning import PARSERS, Parsed
+from qvq_serve.profile import Profile
 
 ROUNDS, REQUESTS, CHUNKS = 10, 40, 400
 ROUTES = {"ours": "/v1/chat/completions", "vllm": "/invocations"}
@@ -42,6 +53,44 @@ def timed(client: httpx.Client, route: str, **body: object) -> float:
     return time.perf_counter() - started
 
 
+def alone(events: list[str], *hooks: Hook) -> float:
+    """Seconds a chunk that our part of the route takes, over recorded events of a stream."""
+
+    async def recorded() -> AsyncGenerator[str, None]:
+        for event in events:
+            yield event
+
+    async def ours() -> float:
+        parser = SimpleNamespace(parsed=lambda: Parsed(False, CHUNKS, CHUNKS), sent={"reasoning": "", "content": ""})
+        request = SimpleNamespace(n=1, thinking_token_budget=None)
+        timer = asyncio.get_running_loop().call_later(3600, print)
+        context = Context(request, state={PARSERS: [parser]})
+        started = time.perf_counter()
+        async for _ in streamed(context, Chain(hooks, 1), recorded(), timer):
+            pass
+        return time.perf_counter() - started
+
+    async def theirs() -> float:
+        started = time.perf_counter()
+        async for _ in recorded():
+            pass
+        return time.perf_counter() - started
+
+    def median(side: Callable[[], Coroutine[Any, Any, float]]) -> float:
+        return statistics.median(asyncio.run(side()) for _ in range(50))
+
+    return (median(ours) - median(theirs)) / len(events)
+
+
+class Looking(Hook):
+    """A hook that looks at each piece."""
+
+    name = "looking"
+
+    async def on_text(self, context: Context, choice: int, part: Part, text: str) -> None:
+        """Nothing more."""
+
+
 def main() -> None:
     command = [str(QVQ_SERVE), "--demo", "--port", str(PORT), "--open-routes", "/invocations", "--loop-pattern", "0"]
     with Path("/tmp/overhead.log").open("wb") as log:
@@ -50,6 +99,9 @@ def main() -> None:
     try:
         wait_until_up(process)
         with httpx.Client(timeout=120) as client:
+            body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": CHUNKS, "ignore_eos": True}
+            text = client.post(f"{URL}{ROUTES['vllm']}", json=body | {"stream": True}).text
+            events = [f"{event}\n\n" for event in text.split("\n\n") if event]
             for number in range(-1, ROUNDS):  # the first warms up
                 sides = sorted(ROUTES) if number % 2 else sorted(ROUTES, reverse=True)
                 row = {f"{side}_{name}": measure(client, ROUTES[side])
@@ -68,6 +120,8 @@ def main() -> None:
         "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "added_us_a_request": spread(requests),
         "added_us_a_chunk": spread(chunks),
+        "our_part_alone_us_a_chunk": round(alone(events) * 1e6, 2),
+        "our_part_alone_with_a_hook_us_a_chunk": round(alone(events, Looking(Profile())) * 1e6, 2),
         "stream_ratio": round(statistics.median(row["ours_stream"] / row["vllm_stream"] for row in rounds), 4),
         "rounds": rounds,
     }

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from fastapi import Response
 
 from qvq_serve import metrics
@@ -66,8 +67,11 @@ async def run(state: Any, profile: Profile) -> None:
         loop.add_signal_handler(number, stop.set)
     STATE.serving = True
     probe = asyncio.create_task(become_ready(state))
+    engine = engine_processes()
     while not stop.is_set() and not state.engine_client.errored:
         await asyncio.sleep(POLL_S)
+        if not all(map(lives, engine)):
+            end_at_once(engine)
     probe.cancel()
     if stop.is_set():
         await drain(state, profile)
@@ -77,6 +81,28 @@ async def run(state: Any, profile: Profile) -> None:
         log.error("the engine died; the server ends")
         await asyncio.sleep(GRACE_S)
         state.server.should_exit = True
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's engine and workers, which name themselves VLLM::..."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if "VLLM::" in " ".join(process.cmdline())]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs, and is not only waiting to be buried."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_at_once(engine: list[psutil.Process]) -> None:
+    """An engine that lost a worker is lost; by itself vLLM gives the other workers 8 s before it says so."""
+    for process in engine:
+        if lives(process):
+            process.kill()
+    engine.clear()
 
 
 async def ready() -> Response:

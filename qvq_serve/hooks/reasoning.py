@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
-from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
-from vllm.parser.engine.events import EventType
-from vllm.parser.engine.parser_engine import ParserEngine
+from vllm.parser.engine.events import EventType, SemanticEvent
 from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserState, Transition
+from vllm.parser.engine.streaming_parser_engine import StreamingParserEngine
+from vllm.reasoning import ReasoningParser
 
 from qvq_serve.engine import PARSER
 from qvq_serve.hooks import CONTEXT
@@ -31,16 +31,8 @@ CONFIG = ParserEngineConfig(
     transitions={
         (ParserState.REASONING, "THINK_END"): Transition(ParserState.CONTENT, (EventType.REASONING_END,)),
     },
-    strip_trailing_reasoning_whitespace=False,  # done here, the same in a stream and not
 )
 """vLLM's description of a format: reasoning, a marker, and the answer. A thinking budget writes the first marker."""
-
-
-class Engine(ParserEngine):  # type: ignore[misc]
-    """vLLM's parser engine with QVQ's markers."""
-
-    def __init__(self, tokenizer: Any, tools: Any = None, **options: Any) -> None:
-        super().__init__(tokenizer, tools, **{"parser_engine_config": CONFIG} | options)
 
 
 @dataclass
@@ -52,10 +44,14 @@ class Parsed:
     tokens: int
 
 
-class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
-    """One for each stream; without streaming, one for all choices of a request, in order."""
+class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
+    """One for each choice, and some that vLLM makes to look at the prompt only.
 
-    _parser_engine_cls = Engine
+    Over the engine alone, which gets text and no token ids, rather than vLLM's adapter, which prepares for special
+    tokens at each request: QVQ's markers have none, and they are not in the text.
+    """
+
+    engine_based_streaming = True
 
     def __init__(self, tokenizer: Any, *args: Any, **options: Any) -> None:
         super().__init__(tokenizer, *args, **options)
@@ -68,8 +64,7 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Ready for the text of another choice."""
-        self._parser_engine.initialize_streaming()
-        self._parser_engine._reset()
+        self.engine = StreamingParserEngine(CONFIG, None)
         self.raw = self.space = ""
         self.sent = {"reasoning": "", "content": ""}
         self.ids: list[int] = []
@@ -81,9 +76,10 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         """Found in the prompt, so that a thinking budget counts from the first token."""
         return TURN_START
 
-    def adjust_request(self, request: Any) -> Any:
-        """As it is: vLLM's engine wants special tokens in the text, and QVQ's markers have none."""
-        return request
+    @property
+    def reasoning_end_str(self) -> str:
+        """What a thinking budget writes, and the model closes."""
+        return MARKERS[0]
 
     def has_engine_confirmed_reasoning_end(self) -> bool:
         """Never, so that the answer comes here as well, and what is left of the marker can be cut off in a stream."""
@@ -123,27 +119,29 @@ class QvqReasoningParser(ParserEngineReasoningAdapter):  # type: ignore[misc]
         return self.fed(delta_text)
 
     def fed(self, text: str) -> DeltaMessage | None:
-        """What a piece of text lets out. The engine gets text alone: it would wait for that of special tokens."""
-        return self.shaped(self._parser_engine.extract_reasoning_streaming("", "", text, [], [], []))
+        """What a piece of text lets out."""
+        return self.shaped(self.engine.feed(text, ()))
 
     def finish_streaming(self) -> DeltaMessage | None:
-        return self.shaped(super().finish_streaming(), last=True)
+        return self.shaped(self.engine.finish(), last=True)
 
-    def shaped(self, delta: DeltaMessage | None, last: bool = False) -> DeltaMessage | None:
+    def shaped(self, events: Sequence[SemanticEvent], last: bool = False) -> DeltaMessage | None:
         """Without space at the reasoning's end, and without what is left of the marker before the answer."""
         sent = answer = ""
-        if delta and delta.reasoning:
-            self.raw += delta.reasoning
-            whole = self.space + delta.reasoning
-            sent = whole.rstrip()
-            self.space = whole[len(sent) :]
-        if delta and delta.content:
-            if not self.marked:
-                self.marked, self.lead = True, ""
-            if self.lead is None:
-                answer = delta.content
-            else:
-                self.lead += delta.content
+        for event in events:
+            if event.type is EventType.REASONING_CHUNK:
+                self.raw += event.value
+                self.space += event.value
+            elif event.type is EventType.TEXT_CHUNK:
+                if not self.marked:
+                    self.marked, self.lead = True, ""
+                if self.lead is None:
+                    answer += event.value
+                else:
+                    self.lead += event.value
+        if self.space and not self.space.isspace():
+            sent = self.space.rstrip()
+            self.space = self.space[len(sent) :]
         if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
             answer, self.lead = LEAD.sub("", self.lead, count=1), None
         if last and not (self.answered or answer):

@@ -133,6 +133,8 @@ def server(cache: Path, image_dir: Path) -> Iterator[Server]:
         "200",
         "--allowed-image-hosts",
         "127.0.0.1",
+        "--open-routes",
+        "/tokenize,/detokenize",
     ]
     with serving(cache, "--demo", *limits) as running:
         yield running

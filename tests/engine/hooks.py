@@ -32,6 +32,8 @@ class Obliging(Hook):
     async def on_text(self, context: Context, choice: int, part: Part, text: str) -> None:
         if "stop at once" in asked(context):
             raise Stop(by="obliging", part=part)
+        if "pause in text" in asked(context) and not context.state.get("pieces"):
+            await asyncio.sleep(2.5)
         if "raise in text" in asked(context) and len(context.state.setdefault("pieces", [])) > 3:
             raise KeyError("a fault of the hook")
         context.state.setdefault("pieces", []).append((part, text))

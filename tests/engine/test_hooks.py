@@ -49,7 +49,7 @@ def guarded(server: Server, cache: Path, tmp_path_factory: pytest.TempPathFactor
         threading.Thread(target=relay.serve_forever, daemon=True).start()
         guard = f"http://127.0.0.1:{relay.server_address[1]}"
         options = ["--guard-url", guard, "--guard-model", "qvq-demo", "--guard-window", "20", "--guard-timeout", "4"]
-        hooks = ["--hook", "tests.engine.hooks:Obliging", "--hook-timeout", "5"]
+        hooks = ["--hook", "tests.engine.hooks:Obliging", "--hook-timeout", "5", "--keep-alive", "1"]
         with serving(cache, "--demo", *options, *hooks) as running:
             yield running
         relay.shutdown()
@@ -138,6 +138,13 @@ def test_a_slow_hook_is_timed_out(guarded: Server) -> None:
     answer = guarded.chat(user("sleep in before"))
     assert (answer.status_code, "obliging failed" in answer.json()["error"]["message"]) == (500, True)
     assert "hook obliging, before: took longer than 5 s" in guarded.log.read_text()
+
+
+def test_a_silent_stream_gets_comments_and_stays_whole(guarded: Server) -> None:
+    answer = guarded.chat(user("pause in text"), stream=True, max_tokens=12)
+    assert answer.text.count(": keep-alive\n\n") == 2
+    assert answer.text.rstrip().endswith("data: [DONE]")
+    assert len(streamed(guarded, "Hi", max_tokens=12)) == answer.text.count("data: {")
 
 
 def test_the_guard_sees_the_conversation_and_lets_it_pass(guarded: Server) -> None:

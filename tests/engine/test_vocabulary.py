@@ -18,8 +18,9 @@ def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory.mkdir()
     vocab, merges = qwen_bpe()
     build_checkpoint(directory, vocab, merges, VOCABULARY)
-    with serving(directory.parent, "--model", str(directory), "--max-model-len", "8192", "--", "--dtype", "float32",
-                 "--enforce-eager", "--kv-cache-memory-bytes", "268435456") as running:  # fmt: skip
+    arguments = ["--model", str(directory), "--max-model-len", "8192", "--open-routes", "/tokenize,/detokenize"]
+    vllm = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
+    with serving(directory.parent, *arguments, "--", *vllm) as running:
         yield running
 
 
