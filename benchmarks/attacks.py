@@ -130,8 +130,8 @@ ATTACKS: dict[str, Callable[[str], str]] = {
 
 
 def stream(side: str) -> bool:
-    """Whether a stream of 300 tokens came whole."""
-    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "ignore_eos": True, "stream": True,
+    """Whether a stream of 1,500 tokens came whole."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1_500, "ignore_eos": True, "stream": True,
             "repetition_detection": {"max_pattern_size": 0}}  # fmt: skip
     url = f"http://127.0.0.1:{PORTS[side]}/v1/chat/completions"
     try:

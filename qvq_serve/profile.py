@@ -97,7 +97,7 @@ class Profile:
     thinking_budget: int | None = option(
         None, "tokens of reasoning after which the model is made to conclude, at most", metavar="N"
     )
-    # 24: 0.8 % of a decode step at 128 requests (benchmarks/results/repetition_*.json); vLLM checks in Python.
+    # 24: 0.5 ms of a step at 128 requests (benchmarks/results/repetition_*.json): vLLM checks in Python.
     loop_pattern: int = option(24, "an exact loop of up to so many tokens ends a request, after 6 rounds; 0: none does")
     hook: str | None = option(None, "hooks of yours: package.module:Class, several with commas", metavar="HOOKS")
     without_hooks: str | None = option(None, "hooks to leave out (answer, language, guard, ...)", metavar="NAMES")
