@@ -46,6 +46,8 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--default-chat-template-kwargs": "--system-prompt",
     "--allowed-media-domains": "--allowed-image-hosts",
     "--reasoning-parser": None,
+    "--api-server-count": None,
+    "-asc": None,
     "--disable-uvicorn-access-log": None,
     "--logging-config": "--log-format",
     "--sse-keep-alive-interval": "--keep-alive",
@@ -123,6 +125,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
             argv += [option.metadata["vllm"], str(value)]
     for name, value, _ in derived:
         argv += [name, json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value]
+    argv += ["--api-server-count", "1"]  # with more, a drain and the count of requests would each be half of it
     argv.append("--disable-uvicorn-access-log")  # the door logs each request, with its id
     if profile.log_format == "json" or (profile.log_format == "auto" and not sys.stderr.isatty()):
         argv += ["--logging-config", json.dumps({"formatter": "json"})]

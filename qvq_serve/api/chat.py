@@ -102,6 +102,9 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         return JSONResponse(error(refusal.message, refusal.status), refusal.status)
     except HookFailed as failure:
         return JSONResponse(error(str(failure), 500), 500)
+    except asyncio.CancelledError:  # the client went away
+        metrics.ANSWERS.labels("cancelled").inc(request.n or 1)
+        raise
     finally:
         if not streaming:
             timer.cancel()
@@ -179,7 +182,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
             answer = Answer(answer.index, "", "", "filtered", dict(stop.details))
             await completed(context, chain, answer, parsed)
             message |= {"reasoning": None, "content": None}
-            choice["finish_reason"] = "content_filter"
+            choice |= {"finish_reason": "content_filter", "logprobs": None, "token_ids": None}  # they tell the text too
         else:
             if answer.content != content:
                 message["content"] = answer.content

@@ -55,16 +55,16 @@ class Chain:
         """Call a stage of each hook in turn. Raises Refuse, Stop, or HookFailed."""
         for hook in self.stages[stage]:
             started = time.perf_counter()
+            limit = asyncio.timeout(self.timeout)
             try:
-                async with asyncio.timeout(self.timeout):
+                async with limit:
                     await getattr(hook, stage)(*arguments)
             except (Refuse, Stop):
                 raise
             except Exception as error:
                 metrics.HOOK_FAILURES.labels(hook.name).inc()
-                limit = isinstance(error, TimeoutError) and time.perf_counter() - started >= self.timeout
-                reason = f"took longer than {self.timeout:g} s" if limit else f"raised {error!r}"
-                log.error("hook %s, %s: %s", hook.name, stage, reason, exc_info=None if limit else error)
+                reason = f"took longer than {self.timeout:g} s" if limit.expired() else f"raised {error!r}"
+                log.error("hook %s, %s: %s", hook.name, stage, reason, exc_info=None if limit.expired() else error)
                 raise HookFailed(f"the server's hook {hook.name} failed ({stage})") from None
             finally:
                 metrics.HOOK_SECONDS.labels(hook.name, stage).observe(time.perf_counter() - started)

@@ -60,6 +60,8 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
     cache: Path
+    metrics: str = ""
+    """Where its metrics are, if they have a port of their own."""
 
     @property
     def headers(self) -> dict[str, str]:

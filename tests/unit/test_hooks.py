@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from qvq_serve import metrics
 from qvq_serve.errors import UsageError
 from qvq_serve.hooks import Context, Hook, Refuse
 from qvq_serve.hooks.chain import Chain, HookFailed, load
-from qvq_serve.hooks.safety import Verdict, parse_verdict
+from qvq_serve.hooks.safety import Guard, Verdict, parse_verdict
 from qvq_serve.profile import Profile
 
 
@@ -90,6 +91,17 @@ def test_hooks_are_loaded_by_name_beside_ours_and_can_be_left_out(
     assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == ["request", "answer", "language", "guard"]
 
 
+def test_hooks_of_installed_packages_come_last_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "somebodys-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
+    points = "[qvq_serve.hooks]\nb = tests.unit.test_hooks:Second\na = tests.unit.test_hooks:First\n"
+    (package / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hooks = load(Profile(hook="tests.unit.test_hooks:Slow"))
+    assert [hook.name for hook in hooks][-3:] == ["slow", "first", "second"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -129,3 +141,13 @@ def test_a_hook_that_cannot_be_is_said_at_the_start(options: dict[str, Any], mes
 )  # fmt: skip
 def test_the_published_outputs_of_guards_are_read(text: str, verdict: Verdict | None) -> None:
     assert parse_verdict(text) == verdict
+
+
+@pytest.mark.parametrize(("model", "images"), [("Llama-Guard-4-12B", 1), ("Qwen3Guard-Gen-8B", 0)])
+def test_a_guard_that_sees_gets_the_images_and_others_the_texts(model: str, images: int) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    text = {"type": "text", "text": "Is this safe?"}
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": [image, text]}]
+    guard = Guard(Profile(guard_url="http://guard", guard_model=model))
+    (turn,) = asyncio.run(guard.conversation(Context(SimpleNamespace(messages=messages))))
+    assert turn == {"role": "user", "content": [image, text] if images else "Is this safe?"}

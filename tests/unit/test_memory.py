@@ -1,6 +1,7 @@
 """The memory plan: its arithmetic, and what vLLM measured on real cards."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from qvq_serve import cli, memory
 from qvq_serve.advice import fit, suggestions
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB, Gpu
-from qvq_serve.memory import FITTED, MemoryPlan, card_memory, card_of, engine_limits, kv_bytes_per_token, plan
+from qvq_serve.memory import (
+    FITTED,
+    MemoryPlan,
+    card_memory,
+    card_of,
+    engine_limits,
+    kv_bytes_per_token,
+    plan,
+    queue_limit,
+)
 from qvq_serve.model import ModelGeometry
 from qvq_serve.profile import Profile, resolve, shipped_profiles
 
@@ -197,3 +207,12 @@ def test_an_unknown_quantisation_gets_the_nearest_known_one() -> None:
         planned(Profile(quantization="fp8_per_chanel"))
     with pytest.raises(UsageError, match="--max-num-seqs many: it must be a whole number"):
         planned(Profile(vllm=("--max-num-seqs", "many")))
+
+
+def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_sequences() -> None:
+    cards = [Gpu(i, "NVIDIA H100 80GB HBM3", int(79.6 * GIB)) for i in range(4)]
+    profile = Profile(tp=4)
+    at_once = plan(profile, QVQ, *card_of(cards[0]), 4)
+    assert queue_limit(profile, cards) == math.ceil(2 * at_once.requests(at_once.typical_tokens))
+    assert queue_limit(Profile(tp=4, vllm=("--max-num-seqs", "20")), cards) == 40
+    assert queue_limit(Profile(model="demo"), []) == 256
