@@ -137,7 +137,7 @@ class Passage:
             raise Refusal(404, "closed", f"{self.path} is not served here; --open-routes {self.path} opens a route of "
                           "vLLM's (its requests go round the hooks, the guard and the limits)")  # fmt: skip
         owner = None
-        if door.keys.any() and self.path not in WITHOUT_KEY:
+        if door.keys.any() and self.path not in WITHOUT_KEY and self.method != "OPTIONS":  # a browser asks without one
             owner = door.keys.owner(self.headers.get("authorization", ""))
             if owner is None:
                 raise Refusal(

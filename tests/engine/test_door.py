@@ -44,6 +44,7 @@ def test_every_open_route_but_the_probes_needs_a_key(server: Server, path: str) 
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}):
         answer = httpx.get(f"{server.url}{path}", headers=header)
         assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError"), header
+    assert httpx.options(f"{server.url}{path}").status_code == 405  # no origin is allowed, and nothing was run
     for probe in ("/health", "/ready", "/metrics"):
         assert httpx.get(f"{server.url}{probe}").status_code == 200
 
