@@ -10,7 +10,6 @@ import concurrent.futures
 import datetime
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.stack_ratio import PORTS, bare_command, picture, wait
-from benchmarks.startup import QVQ_SERVE, processor
+from benchmarks.stack_ratio import PORTS, bare_command, picture
+from benchmarks.startup import QVQ_SERVE, machine, wait_until_up
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -60,7 +59,7 @@ def serving(side: str) -> Iterator[subprocess.Popen[bytes]]:
     with (Path(tempfile.mkdtemp()) / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--api-key", KEY], stdout=log, stderr=log, env=environ)
     try:
-        wait(PORTS[side])
+        wait_until_up(process, f"http://127.0.0.1:{PORTS[side]}")
         time.sleep(2)  # the first request of ours is its own
         yield process
     finally:
@@ -181,7 +180,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m benchmarks.attacks RESULT.json",
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "rows": rows,
     }
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")

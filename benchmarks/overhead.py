@@ -12,8 +12,6 @@ route alone, in this process, without and with a hook that looks at each piece.
 import asyncio
 import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.startup import PORT, QVQ_SERVE, URL, processor, wait_until_up
+from benchmarks.startup import PORT, QVQ_SERVE, URL, machine, wait_until_up
 from qvq_serve.api.chat import streamed
 from qvq_serve.hooks import Context, Hook, Part
 from qvq_serve.hooks.chain import Chain
@@ -117,7 +115,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m benchmarks.overhead RESULT.json",
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "added_us_a_request": spread(requests),
         "added_us_a_chunk": spread(chunks),
         "our_part_alone_us_a_chunk": round(alone(events) * 1e6, 2),

@@ -8,8 +8,6 @@ repeats, the usual case; the cost does not depend on a GPU. Seconds for 128 runn
 
 import datetime
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -19,7 +17,7 @@ from pathlib import Path
 from vllm.sampling_params import RepetitionDetectionParams
 from vllm.v1.core.sched.utils import check_sequence_repetition
 
-from benchmarks.startup import processor
+from benchmarks.startup import machine
 from qvq_serve.hooks.request import LOOP_COUNT, LOOP_LEAST
 
 REQUESTS = 128
@@ -49,7 +47,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m benchmarks.repetition RESULT.json",
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "requests": REQUESTS,
         "by_max_pattern_size": rows,
     }

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import statistics
@@ -25,7 +24,7 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from benchmarks.startup import QVQ_SERVE, processor
+from benchmarks.startup import QVQ_SERVE, machine, wait_until_up
 
 USERS, REQUESTS, TOKENS = 16, 96, 64
 PORTS = {"ours": 8771, "bare": 8772}
@@ -75,15 +74,6 @@ def throughput(side: str, first_seed: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def wait(port: int) -> None:
-    while True:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-
-
 def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 10
     commands = {"ours": [str(QVQ_SERVE), "--demo", "--port", str(PORTS["ours"])], "bare": bare_command()}
@@ -94,7 +84,7 @@ def main() -> None:
         for side, command in commands.items():
             with Path(f"/tmp/ratio-{side}.log").open("wb") as log:
                 servers[side] = subprocess.Popen(command, stdout=log, stderr=log, env=environ[side])
-            wait(PORTS[side])
+            wait_until_up(servers[side], f"http://127.0.0.1:{PORTS[side]}")
         for number in range(-1, rounds):  # the first warms up
             sides = ("ours", "bare") if number % 2 else ("bare", "ours")
             row = {side: round(throughput(side, 1_000 * (number + 2)), 2) for side in sides}
@@ -112,7 +102,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m benchmarks.stack_ratio RESULT.json",
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "bare": shlex.join(["vllm", "serve", "DEMO", *commands["bare"][5:]]),
         "ratio": round(math.exp(mean), 4),
         "interval_95": [round(math.exp(mean - half), 4), round(math.exp(mean + half), 4)],

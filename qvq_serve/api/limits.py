@@ -4,6 +4,7 @@ from typing import Any
 
 from qvq_serve.errors import nearest
 from qvq_serve.hooks import Refuse
+from qvq_serve.hooks.images import content_parts
 from qvq_serve.profile import Profile
 
 IGNORED = frozenset({
@@ -82,8 +83,5 @@ def grammar_text(grammar: Any) -> str:
 
 def drop_uuids(messages: list[Any]) -> None:
     """An image's uuid would stand for its content in the caches that all clients share."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict):
-                part.pop("uuid", None)
+    for part in content_parts(messages):
+        part.pop("uuid", None)

@@ -53,7 +53,7 @@ class Answer:
     content: str
     """What the client gets as `content`; `after` may replace it where the response is not streamed."""
     ended: str
-    """answered, unmarked, concluded, looped, length, filtered: README, "How a request ended"."""
+    """answered, unmarked, concluded, looped, length, timeout, filtered: README, "How a request ended"."""
     qvq: dict[str, Any]
     """The `qvq` object of the response; `after` may add to it."""
 

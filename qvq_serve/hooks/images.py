@@ -5,6 +5,7 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, Context, ImageInfo, Refuse
 from qvq_serve.hooks.chain import names
 from qvq_serve.hooks.fetch import FetchError, fetch
-from qvq_serve.visual import resized, visual_tokens
+from qvq_serve.visual import TOKEN_PX, resized, visual_tokens
 
 SHOWN = 80
 """Characters of an image's address that an error shows; a data URL can have millions."""
@@ -62,16 +63,17 @@ def bound_images(context: Context) -> None:
     context.state[WANTED] = wanted
 
 
-def image_parts(messages: list[Any]) -> list[dict[str, Any]]:
-    """The `image_url` objects of all messages, in order."""
-    found = []
+def content_parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
+    """The parts of all messages' contents, in order."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and "image_url" in part:
-                image = part["image_url"]
-                found.append(image if isinstance(image, dict) else {"url": image})
-    return found
+        yield from (part for part in (content if isinstance(content, list) else ()) if isinstance(part, dict))
+
+
+def image_parts(messages: list[Any]) -> list[dict[str, Any]]:
+    """The `image_url` objects of all messages, in order."""
+    images = [part["image_url"] for part in content_parts(messages) if "image_url" in part]
+    return [image if isinstance(image, dict) else {"url": image} for image in images]
 
 
 def claim(url: str) -> Wanted:
@@ -117,7 +119,7 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
             metrics.IMAGES.labels("resized").inc()
         else:
             metrics.IMAGES.labels("taken").inc()
-        tokens = new_height * new_width // 28**2
+        tokens = new_height * new_width // TOKEN_PX**2
         metrics.VISUAL_TOKENS.inc(tokens)
         if context := CONTEXT.get():
             context.images[wanted.index] = ImageInfo(width, height, tokens)

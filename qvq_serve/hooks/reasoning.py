@@ -68,7 +68,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         self.raw = self.space = ""
         self.sent = {"reasoning": "", "content": ""}
         self.ids: list[int] = []
-        self.marked = self.answered = False
+        self.marked = False
         self.lead: str | None = None
 
     @property
@@ -144,9 +144,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             self.space = self.space[len(sent) :]
         if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
             answer, self.lead = LEAD.sub("", self.lead, count=1), None
-        if last and not (self.answered or answer):
+        if last and not (self.sent["content"] or answer):
             answer, self.marked = conclusion(self.raw), False
-        self.answered = self.answered or bool(answer)
         self.sent["reasoning"] += sent
         self.sent["content"] += answer
         shown = {name: text for name, text in (("reasoning", sent), ("content", answer)) if text}

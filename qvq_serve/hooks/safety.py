@@ -15,6 +15,7 @@ from typing import Any
 from qvq_serve import metrics
 from qvq_serve.errors import UsageError
 from qvq_serve.hooks import Answer, Context, Hook, Part, Refuse, Stop
+from qvq_serve.hooks.chain import names
 from qvq_serve.profile import Profile
 
 log = logging.getLogger("vllm.qvq_serve")
@@ -59,7 +60,7 @@ class Guard(Hook):
         import openai
 
         self.profile = profile
-        self.blocks = [name.strip() for name in profile.guard_blocks.split(",")]
+        self.blocks = names(profile.guard_blocks)
         if unknown := set(self.blocks) - {"unsafe", "controversial"}:
             raise UsageError(f"--guard-blocks {', '.join(unknown)}: the verdicts are unsafe and controversial.")
         try:
