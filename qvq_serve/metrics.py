@@ -9,6 +9,16 @@ MEMORY = Gauge(
 )
 HEADROOM = Gauge("qvq_memory_headroom_bytes", "Memory of the card (or host) that nothing uses", ["gpu"])
 
+SERVER = Gauge(
+    "qvq_server_info", "1, with the launch in its labels: versions, card, settings that are not the default, arguments",
+    ["version", "vllm", "card", "gpus", "weights", "profile", "argv"],
+)  # fmt: skip
+MODEL = Gauge(
+    "qvq_model_figures",
+    "What a token costs the fullest GPU at the least, in bytes read and in FLOPs (qvq_serve/api/about.py)",
+    ["figure"],
+)
+
 ANSWERS = Counter("qvq_answers_total", "Finished choices by how they ended", ["ended"])
 TOKENS = Counter("qvq_output_tokens_total", "Output tokens by part: reasoning or answer", ["part"])
 WASTED = Counter(

@@ -53,17 +53,20 @@ class Api:
         """Called once the engine is up and before requests are taken."""
         from prometheus_client import start_http_server
 
-        from qvq_serve.api import lifecycle, memory
+        from qvq_serve.api import about, lifecycle, memory
         from qvq_serve.engine import launched_profile
+        from qvq_serve.gpu import visible_gpus
         from qvq_serve.hooks import chain
 
         state.qvq_chain = chain.launched()
-        if port := launched_profile().metrics_port:
-            start_http_server(port, launched_profile().host)
+        profile = launched_profile()
+        about.export(profile, visible_gpus()[: profile.tp * profile.pp])
+        if profile.metrics_port:
+            start_http_server(profile.metrics_port, profile.host)
         # The state keeps the tasks: an event loop holds only weak references to them.
         state.qvq_tasks = [
-            asyncio.create_task(memory.watch(engine_client, launched_profile()), name="memory figures"),
-            asyncio.create_task(lifecycle.run(state, launched_profile()), name="the lifecycle"),
+            asyncio.create_task(memory.watch(engine_client, profile), name="memory figures"),
+            asyncio.create_task(lifecycle.run(state, profile), name="the lifecycle"),
         ]
         for task in state.qvq_tasks:
             task.add_done_callback(report_end)

@@ -28,7 +28,10 @@ def gpu_figures(worker: Any) -> dict[str, int]:
 
     weights = int(worker.model_runner.model_memory_usage)
     found = {"weights": weights, "allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(),
-             "allocated_peak": torch.cuda.max_memory_allocated()}  # fmt: skip
+             "allocated_peak": torch.cuda.max_memory_allocated(),
+             "reserved_peak": torch.cuda.max_memory_reserved(),
+             "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.current", 0),
+             "resident": resident()}  # fmt: skip
     if hasattr(worker, "total_consumed"):  # not with --kv-cache-memory-bytes, which skips the profiling
         graphs = int(worker.cudagraph_memory_estimate)
         found |= {
@@ -45,9 +48,11 @@ def cpu_figures(worker: Any) -> dict[str, int]:
 
     Weights are in the latter alone: vLLM repacks them where torch does not see them.
     """
+    return {"kv_cache": int(worker.cache_config.kv_cache_memory_bytes or 0), "resident": resident()}
+
+
+def resident() -> int:
+    """Bytes of host memory of this process."""
     import psutil
 
-    return {
-        "kv_cache": int(worker.cache_config.kv_cache_memory_bytes or 0),
-        "resident": psutil.Process().memory_info().rss,
-    }
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,175 @@
+"""One load: who sends when, for how long, and what is watched meanwhile."""
+
+import array
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qvq_bench.client import Row, Send, ask
+from qvq_bench.workload import Request
+
+LAG_PERIOD_S = 0.01
+LAG_LIMIT_S = 0.05
+"""A client whose event loop is later than this at its 99th percentile measures itself: the result is not valid."""
+
+Requests = Callable[[int], Awaitable[Request]]
+Watch = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked, and for how long. At least one of `requests` and `seconds` must be given."""
+
+    level: float
+    """Users of a closed loop, or requests a second."""
+    due: Iterator[float] | None = None
+    """Open loop: when requests are due, in seconds from the start. None for a closed loop."""
+    think: float = 0.0
+    requests: int | None = None
+    seconds: float | None = None
+    """The measured time, after the warm-up."""
+    warmup: float = 0.0
+    """Seconds before anything is measured; the users of a closed loop begin one after another in its first half."""
+    drain: bool = True
+    """Wait for what still runs at the end; otherwise it is cut off, and counted as `unfinished`."""
+    first_index: int = 0
+    """Of the workload's requests: a step that begins where the last one ended meets no cached image or prefix."""
+
+
+@dataclass
+class Measured:
+    """What a load left behind. Times are seconds from its start."""
+
+    rows: list[Row] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    lag: "array.array[float]" = field(default_factory=lambda: array.array("d"))
+    start: float = 0.0
+    """Of the measured window."""
+    stop: float = 0.0
+    interrupted: bool = False
+    next_index: int = 0
+
+
+async def run_load(
+    send: Send,
+    requests: Requests,
+    load: Load,
+    model: str,
+    watch: Watch | None = None,
+    sample_every: float = 0.5,
+    progress: Callable[[Measured, int], None] | None = None,
+) -> Measured:
+    """Puts a load on a server. A cancellation ends it early and keeps what was measured (`interrupted`)."""
+    clock = asyncio.get_running_loop().time
+    began, made = clock(), Measured(start=load.warmup)
+    counter = itertools.count(load.first_index)
+    running: set[asyncio.Task[None]] = set()
+    until = began + load.warmup + load.seconds if load.seconds is not None else float("inf")
+    final = load.first_index + load.requests if load.requests is not None else float("inf")
+
+    async def one(index: int, due: float) -> None:
+        request = await requests(index)
+        row = Row(
+            index, max(due, clock()) if load.due is None else due, request.images, request.repeated, request.language
+        )
+        made.rows.append(row)
+        await ask(send, request.body | {"model": model}, row)
+
+    async def user(number: int) -> None:
+        await asyncio.sleep(load.warmup / 2 * number / load.level)
+        while clock() < until and (index := next(counter)) < final:
+            await one(index, 0.0)
+            await asyncio.sleep(load.think)
+
+    async def arrive() -> None:
+        for offset in load.due or ():
+            if began + offset >= until or (index := next(counter)) >= final:
+                break
+            await asyncio.sleep(began + offset - clock())
+            running.add(task := asyncio.create_task(one(index, began + offset)))
+            task.add_done_callback(running.discard)
+
+    watchers = [asyncio.create_task(measure_lag(made, LAG_PERIOD_S))]
+    if watch:
+        watchers.append(asyncio.create_task(sample(made, watch, began, sample_every)))
+    if progress:
+        watchers.append(asyncio.create_task(tell(made, progress, load.first_index)))
+    if load.due is None:
+        senders = [asyncio.create_task(user(number)) for number in range(int(load.level))]
+    else:
+        senders = [asyncio.create_task(arrive())]
+    try:
+        await finished(senders, running, until, load.drain)
+    except asyncio.CancelledError:
+        made.interrupted = True
+    finally:
+        await stop([*senders, *running])
+        made.stop = min(clock(), until) - began
+        made.next_index = next(counter)
+        if watch:  # the state in which the load left the server
+            with contextlib.suppress(ConnectionError):
+                made.samples.append({"at": clock() - began, **await watch()})
+        await stop(watchers)
+    for row in made.rows:
+        shift(row, began)
+    return made
+
+
+async def finished(
+    senders: list[asyncio.Task[None]], running: set[asyncio.Task[None]], until: float, drain: bool
+) -> None:
+    """Until all is answered, or without a drain until the load's time is over. Raises what a sender raised."""
+    clock = asyncio.get_running_loop().time
+    waiting: set[asyncio.Task[None]] = set(senders)
+    while waiting:
+        limit = None if drain or until == float("inf") else max(until - clock(), 0)
+        done, left = await asyncio.wait(waiting, timeout=limit)
+        for task in done:
+            task.result()
+        waiting = (left | running) - done
+        if limit is not None and clock() >= until:
+            return
+
+
+async def stop(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancels the tasks, and waits until they are over."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def measure_lag(made: Measured, period: float) -> None:
+    """How late this event loop wakes up, again and again: what the client adds to each time that it measures."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + period
+        await asyncio.sleep(period)
+        made.lag.append(clock() - due)
+
+
+async def sample(made: Measured, watch: Watch, began: float, period: float) -> None:
+    """Samples of the server's state, at even times; a sample that fails is left out."""
+    clock = asyncio.get_running_loop().time
+    for number in itertools.count():
+        await asyncio.sleep(began + number * period - clock())
+        with contextlib.suppress(ConnectionError):
+            at = clock() - began
+            made.samples.append({"at": at, **await watch()})
+
+
+async def tell(made: Measured, progress: Callable[[Measured, int], None], first_index: int) -> None:
+    """Shows how far it is, twice a second."""
+    while True:
+        await asyncio.sleep(0.5)
+        progress(made, sum(row.end is not None for row in made.rows))
+
+
+def shift(row: Row, began: float) -> None:
+    """The row's times from the event loop's clock to seconds since the load's start."""
+    for name in ("due", "sent", "first", "first_answer", "last", "end"):
+        if (value := getattr(row, name)) is not None:
+            setattr(row, name, value - began)
+    row.times = array.array("d", (value - began for value in row.times))

@@ -1,0 +1,236 @@
+"""`run` and `sweep`: from a command to a result file."""
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qvq_bench import ceiling, result
+from qvq_bench.bench import Bench, Plan, Target
+from qvq_bench.load import Measured
+from qvq_bench.sweep import Capacity, Objective, Verdict, bound_by, find_capacity
+from qvq_bench.workload import Workload
+from qvq_serve.errors import UsageError
+
+EXIT_NOT_OK = 1
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep looks for, and where."""
+
+    objective: Objective
+    start: float
+    highest: float
+    repeats: int
+    tolerance: float
+    resume: bool = False
+
+
+def begin(kind: str, argv: list[str], workload: Workload, plan: Plan, bench: Bench) -> dict[str, Any]:
+    """A result before its first step."""
+    server = bench.before.get("server", {})
+    return {
+        **result.header(kind, argv),
+        "target": {"url": bench.target.url, "model": bench.model},
+        "server": server or None,
+        "driver": driver(),
+        "alone": ceiling.alone(server, bench.before.get("model", {})),
+        "workload": {
+            "name": workload.name,
+            "hash": workload.hash,
+            "seed": workload.seed,
+            "settings": workload.settings,
+        },
+        "plan": asdict(plan),
+        "caches": "warm: a step's images and texts are its own, but what the workload repeats",
+        "steps": [],
+    }
+
+
+def driver() -> str | None:
+    """The NVIDIA driver of this machine; None without one."""
+    from qvq_serve.gpu import driver_version
+
+    try:
+        return driver_version()
+    except Exception:
+        return None
+
+
+def add_step(
+    found: dict[str, Any], path: Path | None, summary: dict[str, Any], made: Measured, **more: Any
+) -> dict[str, Any]:
+    """Adds a step to a result, and writes it."""
+    step = {**more, **summary, **result.pack_step(made)}
+    found["steps"].append(step)
+    if path:
+        result.write(path, found)
+    return step
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def number(value: float | None, form: str = ".4g", factor: float = 1.0) -> str:
+    """A figure for a reader; `-` where there is none."""
+    return "-" if value is None else format(value * factor, form)
+
+
+def line(summary: dict[str, Any]) -> str:
+    """A step in one line: outcomes, then speed, then memory."""
+    latency, memory, outcomes = summary["latency"], summary["memory"], summary["outcomes"]
+    first, each = latency["time_to_first_token"], latency["time_per_output_token"]
+    return (
+        f"load {summary['load']:g}: "
+        + ", ".join(f"{count} {name}" for name, count in outcomes.items() if count or name == "ok")
+        + f"; {number(summary['throughput']['output_tokens_per_second'])} tok/s"
+        + f", TTFT p95 {number(first['p95'])} s, TPOT p95 {number(each['p95'], '.4g', 1e3)} ms"
+        + f", KV peak {number(memory['kv_usage_peak'], '.0%')}, preemptions {number(memory['preemptions'], '.0f')}"
+    )
+
+
+def brief(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without its histograms: the last line of stdout."""
+    return {key: value for key, value in summary.items() if key not in ("histograms", "requests", "samples")}
+
+
+async def run_once(
+    target: Target,
+    workload: Workload,
+    plan: Plan,
+    load: float,
+    min_ok: float,
+    out: Path | None,
+    argv: list[str],
+    show: bool,
+) -> int:
+    """One load. Exit code 1 where too little was ok or the client did not keep up, 130 after Ctrl-C."""
+    async with Bench(target, workload, plan, show) as bench:
+        found = begin("run", argv, workload, plan, bench)
+        summary, made = await bench.step(load, f"load {load:g}")
+        add_step(found, out, summary, made)
+    say(line(summary))
+    for message, count in summary["errors"].items():
+        say(f"  {count} x {message}")
+    print(json.dumps(brief(summary)))
+    if not summary["client"]["valid"]:
+        say(f"qvq-bench: this result is NOT VALID: {summary['client']['why']}")
+        return EXIT_NOT_OK
+    if summary["interrupted"]:
+        return EXIT_INTERRUPTED
+    if summary["ok_share"] is None or summary["ok_share"] < min_ok:
+        say(f"qvq-bench: ok {number(summary['ok_share'], '.2%')} is below --min-ok {min_ok:.2%}")
+        return EXIT_NOT_OK
+    return 0
+
+
+async def sweep_server(
+    target: Target, workload: Workload, plan: Plan, settings: SweepSettings, out: Path, argv: list[str], show: bool
+) -> int:
+    """A sweep. Exit code 1 where not even the lowest load held, 130 after Ctrl-C; what was measured is in the file."""
+    async with Bench(target, workload, plan, show) as bench:
+        found = begin("sweep", argv, workload, plan, bench)
+        found["objective"] = {"text": settings.objective.text, "min_headroom": settings.objective.min_headroom}
+        if settings.resume and out.exists():
+            found = resumed(result.read(out), found, out)
+            bench.next_index = max((step["next_index"] for step in found["steps"]), default=0)
+        try:
+            capacity = await find_capacity(
+                measure_on(bench, found, settings.objective, out),
+                settings.start, settings.highest, whole=workload.arrivals["kind"] == "closed",
+                repeats=settings.repeats, tolerance=settings.tolerance,
+            )  # fmt: skip
+        except asyncio.CancelledError:
+            say(f"qvq-bench: interrupted; {out} has {len(found['steps'])} steps, and --resume goes on from there")
+            return EXIT_INTERRUPTED
+    found["capacity"] = described(capacity, found["steps"], settings.objective)
+    result.write(out, found)
+    say(sentence(found["capacity"], workload.arrivals["kind"]))
+    print(json.dumps(found["capacity"]))
+    return EXIT_NOT_OK if capacity.load is None else 0
+
+
+def measure_on(bench: Bench, found: dict[str, Any], objective: Objective, out: Path) -> Any:
+    """Measures a load, or takes it from the result file where that has it."""
+    known = {(step["load"], step["repeat"]): step for step in found["steps"]}
+
+    async def measure(load: float, repeat: int) -> Verdict:
+        if (step := known.get((load, repeat))) is None:
+            summary, made = await bench.step(load, f"load {load:g}, {repeat + 1}.")
+            if summary["interrupted"]:
+                raise asyncio.CancelledError
+            verdict = objective.judge(summary)
+            more = {"repeat": repeat, "holds": verdict.holds, "failed": verdict.failed, "next_index": bench.next_index}
+            step = add_step(found, out, summary, made, **more)
+            say(f"{line(step)} -> {'holds' if verdict.holds else '; '.join(verdict.failed)}")
+        verdict = objective.judge(step)
+        if not verdict.valid:
+            say(f"qvq-bench: the client does not keep up: {step['client']['why']}")
+        return verdict
+
+    return measure
+
+
+def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An earlier result to go on from. Raises UsageError where it measured something else."""
+    for key in ("kind", "workload", "plan", "objective", "server"):
+        if old.get(key) != new[key]:
+            raise UsageError(f"--resume {path}: its {key} is another one; choose another --out, or the same settings.")
+    return old | {"resumed": [*old.get("resumed", []), new["date"]]}
+
+
+def described(capacity: Capacity, steps: list[dict[str, Any]], objective: Objective) -> dict[str, Any]:
+    """The capacity with the figures at it, and what bound it."""
+
+    def of(load: float | None) -> dict[str, Any] | None:
+        """The step of a load whose throughput is the median of its repeats."""
+        at = sorted(
+            (step for step in steps if step["load"] == load),
+            key=lambda s: s["throughput"]["output_tokens_per_second"] or 0,
+        )
+        return at[len(at) // 2] if at else None
+
+    here, above = of(capacity.load), of(capacity.next_load)
+    bound = bound_by(above, objective.judge(above)) if above else None
+    if capacity.why == "client":
+        bound = "client"
+    figures = {} if here is None else {
+        "output_tokens_per_second": here["throughput"]["output_tokens_per_second"],
+        "requests_per_second": here["throughput"]["requests_per_second"],
+        "useful": here["useful"],
+        "headroom": here["memory"]["headroom"],
+        "ceiling": here["ceiling"],
+    }  # fmt: skip
+    return {
+        "load": capacity.load,
+        "confidence": capacity.confidence,
+        "next_load": capacity.next_load,
+        "next_failed": above["failed"] if above else None,
+        "bound_by": bound,
+        "ended": capacity.why,
+        "repeats": len(next((level.verdicts for level in capacity.levels if level.load == capacity.load), [])),
+        "measurements": len(steps),
+        **figures,
+    }
+
+
+def sentence(capacity: dict[str, Any], kind: str) -> str:
+    """The capacity for a reader."""
+    unit = {"closed": "users", "trace": "x the recorded speed"}.get(kind, "requests/s")
+    if capacity["load"] is None:
+        return f"no capacity: not even the lowest load held ({'; '.join(capacity['next_failed'] or [])})"
+    times = round(capacity["confidence"] * capacity["repeats"])
+    speed = number(capacity["output_tokens_per_second"], ",.0f")
+    held = f"capacity: {capacity['load']:g} {unit}, {speed} output tokens/s "
+    held += f"(held in {times} of {capacity['repeats']} measurements); "
+    if capacity["next_load"] is None:
+        why = (
+            "the client could not make more" if capacity["ended"] == "client" else "--max-load, nothing above was tried"
+        )
+        return held + why
+    return held + f"bound by {capacity['bound_by']}: at {capacity['next_load']:g}, {'; '.join(capacity['next_failed'])}"

@@ -1,0 +1,259 @@
+"""From what a load left behind to the figures of one step: outcomes first, then speed, then memory, then the ceiling.
+
+The window is the measured time: it begins after the warm-up and ends when no more is sent, or, where a number of
+requests was asked for, with the last of them. A request counts for the time to its first token if it was sent in the
+window, and for what comes later if it was still alive in the window.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from qvq_bench import ceiling
+from qvq_bench.client import OUTCOMES, UNFINISHED, Row
+from qvq_bench.load import LAG_LIMIT_S, Measured
+
+QUANTILES = (50, 90, 95, 99, 99.9)
+LATENCIES = ("time_to_first_token", "time_to_first_answer_token", "time_per_output_token", "end_to_end", "client_queue")
+BINS_PER_DECADE, LOWEST_S = 50, 1e-6
+"""Of the histograms: bin i counts values from LOWEST_S x 10^(i/50) on, 4.7 % wide."""
+ANSWERED = ("answered", "concluded")
+"""Ways to end, by the `qvq` object, that leave an answer; without one, the finish reason `stop` does."""
+QUEUE_LIMIT_S = 0.25
+"""An open-loop client that sends later than this at its 99th percentile does not make the load that it says."""
+
+
+def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
+    """The figures of a step; seconds, tokens and bytes. A figure that cannot be known is None.
+
+    `judged`: answers end where the model ends them. Where each length is set by the workload (`ignore_eos`), nothing is
+    said of usefulness.
+    """
+    window = max(made.stop - made.start, 0.0)
+    alive = [row for row in made.rows if row.end is None or row.end >= made.start]
+    per_chunk = tokens_per_chunk(alive)
+    inside = {row.index: tokens_between(row, made.start, made.stop, per_chunk) for row in alive}
+    output = sum(inside.values())
+    outcomes = Counter(row.outcome for row in alive)
+    ended = sum(outcomes[name] for name in OUTCOMES)
+    seen = [sample for sample in made.samples if made.start <= sample["at"] <= made.stop] or made.samples[-1:]
+    memory = memory_figures(seen, [row for row in alive if row.outcome == "ok"])
+    gpus = max(int(first(seen, "server").get("gpus") or 1), 1)
+    done = [row for row in alive if row.outcome == "ok" and row.end is not None and made.start <= row.end <= made.stop]
+    return {
+        "load": load,
+        "window_s": window,
+        "interrupted": made.interrupted,
+        "outcomes": {name: outcomes[name] for name in (*OUTCOMES, UNFINISHED)},
+        "ok_share": outcomes["ok"] / ended if ended else None,
+        "errors": dict(Counter(row.message for row in alive if row.message).most_common(5)),
+        "throughput": {
+            "output_tokens_per_second": rate(output, window),
+            "output_tokens_per_second_per_gpu": rate(output, window * gpus),
+            "prompt_tokens_per_second": rate(sum(row.prompt_tokens or 0 for row in done), window),
+            "requests_per_second": rate(len(done), window),
+            "images_per_second": rate(sum(row.images for row in done), window),
+        },
+        "useful": useful(alive, inside, done, window) if judged else None,
+        "latency": {name: quantiles(values(made, alive, name, per_chunk)) for name in LATENCIES}
+        | {"chunk_gap": quantiles(gaps(alive, made.start))},
+        "histograms": {name: histogram(values(made, alive, name, per_chunk)) for name in LATENCIES}
+        | {"chunk_gap": histogram(gaps(alive, made.start))},
+        "memory": memory,
+        "ceiling": reached(seen, alive, window, output, memory),
+        "client": client(made),
+    }
+
+
+def rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None
+
+
+def first(samples: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The first value of a kind that does not change."""
+    return next((sample[name] for sample in samples if name in sample), {})
+
+
+def tokens_per_chunk(rows: list[Row]) -> float:
+    """Tokens of a chunk of text, of the requests whose tokens are known; 1 where none is."""
+    known = [row for row in rows if row.output_tokens is not None and row.chunks]
+    chunks = sum(row.chunks for row in known)
+    return sum(row.output_tokens or 0 for row in known) / chunks if chunks else 1.0
+
+
+def tokens_between(row: Row, start: float, stop: float, per_chunk: float) -> float:
+    """Output tokens of a request that came in a window, each chunk with its even share of the request's."""
+    if not row.chunks:
+        came = row.end is not None and start <= row.end <= stop
+        return float(row.output_tokens or 0) if came else 0.0
+    share = row.output_tokens / row.chunks if row.output_tokens is not None else per_chunk
+    times = np.frombuffer(row.times)
+    return float(np.searchsorted(times, stop, "right") - np.searchsorted(times, start, "left")) * share
+
+
+def values(made: Measured, alive: list[Row], name: str, per_chunk: float) -> list[float]:
+    """A latency's values of the requests that count for it, in seconds.
+
+    Of a request that was cut off, the time per token is that between its chunks, by the tokens of a chunk.
+    """
+    at_start = name in ("time_to_first_token", "time_to_first_answer_token", "client_queue")
+    rows = [row for row in alive if not at_start or (row.sent or 0.0) >= made.start]
+    found = [getattr(row, name) for row in rows]
+    if name == "time_per_output_token":
+        for row in rows:
+            if row.output_tokens is None and row.chunks > 1 and row.outcome == UNFINISHED:
+                found.append((row.times[-1] - row.times[0]) / ((row.chunks - 1) * per_chunk))
+    return [value for value in found if value is not None]
+
+
+def gaps(rows: list[Row], start: float) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """Seconds between two chunks of a stream, of all streams; from the window's start on."""
+    parts = [np.diff(times[times >= start]) for times in (np.frombuffer(row.times) for row in rows if row.chunks > 1)]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def quantiles(found: Any) -> dict[str, float | int | None]:
+    """{"count", "mean", "p50" ... "p99.9", "max"}, in the values' unit; by linear interpolation."""
+    if not len(found):
+        return {"count": 0} | dict.fromkeys(["mean", *(f"p{q:g}" for q in QUANTILES), "max"])
+    array = np.asarray(found, float)
+    marks = {f"p{q:g}": float(value) for q, value in zip(QUANTILES, np.percentile(array, QUANTILES), strict=True)}
+    return {"count": len(array), "mean": float(array.mean()), **marks, "max": float(array.max())}
+
+
+def histogram(found: Any) -> dict[str, int]:
+    """{bin: count}, without the empty bins."""
+    array = np.maximum(np.asarray(found, float), LOWEST_S)
+    if not len(array):
+        return {}
+    bins, counts = np.unique(np.floor(np.log10(array / LOWEST_S) * BINS_PER_DECADE).astype(int), return_counts=True)
+    return {str(number): int(count) for number, count in zip(bins, counts, strict=True)}
+
+
+def way(row: Row) -> str:
+    """How a request ended, in one word: by the `qvq` object, else by its finish reason, else by its outcome."""
+    if row.outcome != "ok":
+        return row.outcome
+    if row.ended:
+        return row.ended
+    return {"stop": "answered", "repetition": "looped"}.get(row.finish or "", row.finish or "")
+
+
+def useful(alive: list[Row], inside: dict[int, float], done: list[Row], window: float) -> dict[str, Any]:
+    """Tokens of requests that ended in an answer, answers a second, and where the other tokens went.
+
+    A request that the load's end cut off may still have been answered, and is left out.
+    """
+    by_way: Counter[str] = Counter()
+    ended: Counter[str] = Counter()
+    for row in alive:
+        if row.outcome != UNFINISHED:
+            by_way[way(row)] += inside[row.index]  # type: ignore[assignment]
+            ended[way(row)] += 1
+    total = sum(by_way.values())
+    answered = sum(by_way[name] for name in ANSWERED)
+    return {
+        "answers_per_second": rate(sum(way(row) in ANSWERED for row in done), window),
+        "output_tokens_per_second": rate(answered, window),
+        "share": answered / total if total else None,
+        "lost": {name: count / total for name, count in by_way.items() if name not in ANSWERED and total},
+        "ended": dict(ended),
+        "tokens_per_answer": answered / n if (n := sum(ended[name] for name in ANSWERED)) else None,
+    }
+
+
+def peak(samples: list[dict[str, Any]], name: str) -> float | None:
+    found = [sample[name] for sample in samples if name in sample]
+    return max(found) if found else None
+
+
+def mean(samples: list[dict[str, Any]], name: str) -> float | None:
+    found = [sample[name] for sample in samples if name in sample]
+    return sum(found) / len(found) if found else None
+
+
+def grown(samples: list[dict[str, Any]], name: str) -> float | None:
+    """How much a counter grew from the first sample to the last."""
+    found = [sample[name] for sample in samples if name in sample]
+    return found[-1] - found[0] if found else None
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def memory_figures(seen: list[dict[str, Any]], ok: list[Row]) -> dict[str, Any]:
+    """The memory of the step at its peak, and the three headrooms (benchmarks/README.md defines them)."""
+    capacity = first(seen, "kv_capacity_tokens") or None
+    usage = peak(seen, "kv_usage")
+    free = free_bytes(seen)
+    kv_free = capacity * (1 - usage) if capacity and usage is not None else None  # type: ignore[operator]
+    typical = sum((row.prompt_tokens or 0) + (row.output_tokens or 0) for row in ok) / len(ok) if ok else None
+    last: dict[str, Any] = next((sample["memory"] for sample in reversed(seen) if "memory" in sample), {})
+    return {
+        "headroom": {
+            "kv_tokens": kv_free,
+            "bytes": min(free.values()) if free else None,
+            "requests": kv_free / typical if kv_free is not None and typical else None,
+        },
+        "kv_capacity_tokens": capacity,
+        "kv_usage_peak": usage,
+        "kv_usage_mean": mean(seen, "kv_usage"),
+        "typical_request_tokens": typical,
+        "preemptions": grown(seen, "preemptions"),
+        "running_mean": mean(seen, "running"),
+        "running_peak": peak(seen, "running"),
+        "waiting_mean": mean(seen, "waiting"),
+        "waiting_peak": peak(seen, "waiting"),
+        "prefix_hit_ratio": ratio(grown(seen, "prefix_hits"), grown(seen, "prefix_queries")),
+        "image_hit_ratio": ratio(grown(seen, "image_hits"), grown(seen, "image_queries")),
+        "free_bytes": free,
+        "by_use": last,
+        "host_available_bytes": lowest_host(seen),
+        "api_resident_bytes": peak(seen, "api_resident_bytes"),
+    }
+
+
+def free_bytes(seen: list[dict[str, Any]]) -> dict[str, float]:
+    """Bytes of each card (or of a CPU server's host) free at the peak: asked here, else as the server says."""
+    low: dict[str, float] = {}
+    local = any("cards" in sample for sample in seen)
+    for sample in seen:
+        cards = {name: card["total"] - card["used"] for name, card in sample.get("cards", {}).items()}
+        for name, left in (cards if local else sample.get("headroom", {})).items():
+            low[name] = min(left, low.get(name, left))
+    return low
+
+
+def lowest_host(seen: list[dict[str, Any]]) -> float | None:
+    found = [sample["host"]["available"] for sample in seen if "host" in sample]
+    return min(found) if found else None
+
+
+def reached(
+    seen: list[dict[str, Any]], alive: list[Row], window: float, output: float, memory: dict[str, Any]
+) -> dict[str, float | None]:
+    """The shares of the ceiling, and decode steps a second: tokens a second over the requests that ran."""
+    running, capacity, usage = memory["running_mean"], memory["kv_capacity_tokens"], memory["kv_usage_mean"]
+    steps = output / window / running if running and window else None
+    prompts = [row for row in alive if row.first is not None and seen and seen[0]["at"] <= row.first]
+    if steps is None or not capacity or usage is None:
+        return {"steps_per_second": steps, "mbu": None, "mfu": None}
+    cached = grown(seen, "prompt_tokens_cached") or 0.0
+    found = ceiling.shares(
+        first(seen, "server"), first(seen, "model"), steps, usage * capacity, prompts, window, output, cached
+    )
+    return {"steps_per_second": steps, **found}
+
+
+def client(made: Measured) -> dict[str, Any]:
+    """Whether the client kept up: how late its event loop woke, and how late it sent."""
+    lag = quantiles(made.lag)
+    late = quantiles([row.client_queue for row in made.rows if row.client_queue is not None])
+    why = None
+    if (lag["p99"] or 0.0) > LAG_LIMIT_S:
+        why = f"the client's event loop woke {lag['p99']:.3f} s late at p99; more than {LAG_LIMIT_S} s measures itself"
+    elif (late["p99"] or 0.0) > QUEUE_LIMIT_S:
+        why = f"requests were sent {late['p99']:.3f} s late at p99; the load was not the one asked for"
+    return {"valid": why is None, "why": why, "lag": lag, "queue": late}

@@ -1,0 +1,80 @@
+"""What runs here, for whoever measures it: the launch, and what one token costs the fullest GPU at the least."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from qvq_serve import __version__, metrics
+from qvq_serve.gpu import Gpu
+from qvq_serve.memory import BF16, dtype_bytes, kv_bytes_per_token, language_weights, rope_table, weight_kind
+from qvq_serve.model import ModelGeometry
+from qvq_serve.profile import OPTIONS, Profile
+
+PATCHES = 4
+"""Patches of 14 x 14 px that the vision encoder merges into one visual token."""
+
+
+def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]:
+    """Bytes and FLOPs of the fullest GPU, by arithmetic; two FLOPs a multiplication with a weight.
+
+    `weight_bytes` are read once a step, whatever the batch; `kv_bytes` once a step for each token in the cache.
+    Attention costs `attention_flops` for each pair of a token and one before it. Of an image, each patch costs
+    `patch_flops`, and `patch_pair_flops` with each patch of the same image.
+    """
+    g, kind = geometry, weight_kind(profile, geometry)
+    size = dtype_bytes(profile)
+    head = g.vocab_size * g.hidden_size // profile.tp
+    layers = -(-g.layers // profile.pp)
+    per_layer = g.hidden_size * (2 * g.hidden_size + 2 * g.kv_heads * g.head_size + 3 * g.intermediate_size)
+    weights = language_weights(g, kind, profile.tp, profile.pp) - rope_table(g)
+    if not g.tied_embeddings and profile.pp == 1:
+        weights -= head * BF16  # of the embeddings only the rows of the batch are read
+    encoder = g.vision_layers * (4 * g.vision_size**2 + 2 * g.vision_size * g.vision_mlp_size)
+    merger = (PATCHES * g.vision_size) ** 2 + PATCHES * g.vision_size * g.hidden_size
+    return {
+        "weight_bytes": weights * (size / BF16 if kind == "bf16" else 1),
+        "kv_bytes": kv_bytes_per_token(g, profile),
+        "token_flops": 2 * (layers * per_layer // profile.tp + head),
+        "attention_flops": 4 * layers * g.hidden_size / profile.tp,
+        "patch_flops": 2 * (encoder + merger / PATCHES) / profile.tp,
+        "patch_pair_flops": 4 * g.vision_layers * g.vision_size / profile.tp,
+    }
+
+
+def launch_labels(profile: Profile, gpus: list[Gpu]) -> dict[str, str]:
+    """The launch in words. Keys are left out, and of a path everything but its last part."""
+    from vllm import __version__ as vllm_version
+
+    secret = {option.name for option in OPTIONS if option.metadata["secret"]}
+    default = Profile()
+    chosen = {
+        name: last_part(value)
+        for name, value in asdict(profile).items()
+        if name not in secret and value != getattr(default, name)
+    }
+    geometry = ModelGeometry.load(profile.model)
+    return {
+        "version": __version__,
+        "vllm": vllm_version,
+        "card": gpus[0].name if gpus else "",
+        "gpus": str(len(gpus)),
+        "weights": weight_kind(profile, geometry),
+        "profile": json.dumps(chosen),
+        "argv": shlex.join(["qvq-serve", *(last_part(argument) for argument in sys.argv[1:])]),
+    }
+
+
+def last_part(value: Any) -> Any:
+    """A path's last part; anything else as it is."""
+    if isinstance(value, str) and value.startswith(("/", "~/")):
+        return value.rstrip("/").rsplit("/", 1)[-1]
+    return value
+
+
+def export(profile: Profile, gpus: list[Gpu]) -> None:
+    """Sets the metrics, once."""
+    metrics.SERVER.labels(**launch_labels(profile, gpus)).set(1)
+    for name, value in token_figures(profile, ModelGeometry.load(profile.model)).items():
+        metrics.MODEL.labels(name).set(value)

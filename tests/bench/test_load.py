@@ -1,0 +1,167 @@
+"""Loads on a virtual clock: who sends when, what counts in the window, what a summary says of it."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+from qvq_bench.arrivals import due_times
+from qvq_bench.load import Load, Measured, run_load
+from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise
+
+from tests.bench.fake import Plan
+from tests.bench.virtual import Simulated, empty_request, run, sender
+
+
+def measured(load: Load, plan: str = "", watch: Any = None, **more: Any) -> Measured:
+    parsed = Plan.parse(plan)
+    return run(run_load(sender(lambda _: parsed), empty_request, load, "model", watch, **more))
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+def test_a_closed_loop_has_as_many_requests_at_once_as_users() -> None:
+    made = measured(Load(4, requests=20), "first=0.5,gap=0.1,chunks=6")
+    assert [row.outcome for row in made.rows] == ["ok"] * 20
+    assert sorted({round(row.sent or 0, 6) for row in made.rows}) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert (made.start, made.stop) == (0.0, near(5.0))
+
+
+def test_tokens_a_second_and_requests_a_second_are_exact() -> None:
+    summary = summarise(measured(Load(4, requests=20), "first=0.5,gap=0.1,chunks=6,tokens=3"), 4, judged=True)
+    assert summary["throughput"]["output_tokens_per_second"] == near(20 * 18 / 5)
+    assert summary["throughput"]["requests_per_second"] == near(4)
+    assert summary["latency"]["time_to_first_token"]["p95"] == near(0.5)
+    assert summary["latency"]["time_per_output_token"]["p50"] == near(0.5 / 17)
+    assert summary["latency"]["chunk_gap"]["p99.9"] == near(0.1)
+    assert summary["ok_share"] == 1.0
+
+
+def test_think_time_is_kept_between_a_users_requests() -> None:
+    made = measured(Load(1, requests=3, think=2.0), "first=0.5,gap=0.1,chunks=6")
+    assert [row.sent for row in made.rows] == [near(0), near(3), near(6)]
+
+
+def test_what_runs_at_the_end_is_waited_for_or_cut_off() -> None:
+    plan = "first=0.5,gap=0.1,chunks=20"  # 2.4 s each
+    waited = measured(Load(2, seconds=3.0), plan)
+    assert [row.outcome for row in waited.rows] == ["ok"] * 4
+    assert waited.stop == near(3.0)
+    cut = measured(Load(2, seconds=3.0, drain=False), plan)
+    assert sorted(row.outcome for row in cut.rows) == ["ok", "ok", "unfinished", "unfinished"]
+    summary = summarise(cut, 2, judged=True)
+    assert (summary["outcomes"]["unfinished"], summary["ok_share"]) == (2, 1.0)
+    # 20 tokens of each first request; the second ones began at 2.4 and had a token at 2.9 and at 3.0
+    assert summary["throughput"]["output_tokens_per_second"] == pytest.approx((40 + 2) / 3, abs=2 / 3)
+
+
+def test_the_warm_up_is_not_measured() -> None:
+    load = Load(1, seconds=2.0, warmup=4.0)
+    summary = summarise(measured(load, "first=0.5,gap=0.1,chunks=6"), 1, judged=True)
+    assert summary["window_s"] == near(2.0)
+    assert summary["throughput"]["output_tokens_per_second"] == near(6.0)
+    assert summary["outcomes"]["ok"] == 3  # two sent in the window, and the one that ended as it began
+
+
+def test_arrivals_are_what_they_say() -> None:
+    def first(count: int, kind: str, load: float, **more: Any) -> list[float]:
+        return list(itertools.islice(due_times({"kind": kind, **more}, load, 1), count))
+
+    assert first(4, "constant", 2) == [0, 0.5, 1, 1.5]
+    assert first(5, "bursts", 4, burst=2) == [0, 0, 0.5, 0.5, 1]
+    assert first(9, "trace", 2, trace_at=(0.0, 1.0, 5.0)) == [0, 0.5, 2.5]
+    poisson = first(20_000, "poisson", 5)
+    gaps = [b - a for a, b in itertools.pairwise(poisson)]
+    assert sum(gaps) / len(gaps) == pytest.approx(0.2, rel=0.03)
+    assert sum(gap > 0.2 for gap in gaps) / len(gaps) == pytest.approx(0.3679, abs=0.015)  # 1/e
+    assert poisson == first(20_000, "poisson", 5)
+    ramp = first(400, "ramp", 9, ramp_from=1, ramp_seconds=10)
+    assert sum(at < 5 for at in ramp) == pytest.approx(15, abs=1)  # the integral of 1 + 0.8 t
+    assert sum(10 <= at < 20 for at in ramp) == pytest.approx(90, abs=1)
+
+
+def test_an_open_loop_sends_when_due_however_slow_the_server_is() -> None:
+    load = Load(10, due=due_times({"kind": "constant"}, 10, 1), requests=30)
+    made = measured(load, "first=60")
+    assert [row.sent for row in made.rows] == [near(i / 10) for i in range(30)]
+
+
+def test_2000_streams_at_once() -> None:
+    made = measured(Load(2000, requests=2000), "first=1,gap=1,chunks=5")
+    assert {row.outcome for row in made.rows} == {"ok"} and made.stop == near(5.0)
+
+
+def test_samples_come_at_even_times_and_a_failed_one_is_left_out() -> None:
+    calls = itertools.count()
+
+    async def watch() -> dict[str, Any]:
+        if next(calls) == 2:
+            raise ConnectionError("restarting")
+        return {"kv_usage": 0.25, "preemptions": 3.0}
+
+    made = measured(Load(1, requests=2), "first=0.5,gap=0.1,chunks=11", watch, sample_every=0.5)
+    assert [sample["at"] for sample in made.samples[:4]] == [near(0), near(0.5), near(1.5), near(2.0)]
+
+
+def test_memory_peaks_and_the_three_headrooms() -> None:
+    server = Simulated(tpot=lambda n: 0.1, kv_tokens=2_000)
+
+    async def one() -> Measured:
+        return await run_load(server.send, empty_request, Load(5, requests=25), "m", server.watch, 0.25)
+
+    memory = summarise(run(one()), 5, judged=True)["memory"]
+    assert (memory["running_peak"], memory["kv_usage_peak"]) == (5, near(0.3))
+    assert memory["headroom"] == {"kv_tokens": near(1_400), "bytes": None, "requests": near(1_400 / 120)}
+    assert memory["preemptions"] == 0
+
+
+def test_useful_tokens_leave_out_loops_and_cuts() -> None:
+    plans = itertools.cycle([Plan(qvq="answered"), Plan(qvq="looped", ending="repetition"), Plan(ending="length"),
+                             Plan(ending="refuse")])  # fmt: skip
+    made = run(run_load(sender(lambda _: next(plans)), empty_request, Load(1, requests=8), "m"))
+    useful = summarise(made, 1, judged=True)["useful"]
+    assert useful["ended"] == {"answered": 2, "looped": 2, "length": 2, "refused": 2}
+    assert useful["share"] == near(1 / 3)
+    assert useful["lost"] == {"looped": near(1 / 3), "length": near(1 / 3), "refused": 0.0}
+    assert summarise(made, 1, judged=False)["useful"] is None
+
+
+def test_a_slow_client_is_no_valid_result() -> None:
+    made = Measured(stop=1.0)
+    made.lag.extend([0.001] * 95 + [0.2] * 5)
+    client = summarise(made, 1, judged=True)["client"]
+    assert not client["valid"] and "0.200 s late" in client["why"]
+
+
+def test_an_interrupted_load_keeps_what_it_has() -> None:
+    async def one() -> Measured:
+        work = run_load(sender(lambda _: Plan(first=1, gap=1, chunks=2)), empty_request, Load(1, requests=1000), "m")
+        task = asyncio.create_task(work)
+        await asyncio.sleep(9.5)
+        task.cancel()
+        return await task
+
+    made = run(one())
+    assert made.interrupted
+    assert [row.outcome for row in made.rows] == ["ok"] * 4 + ["unfinished"]
+
+
+def test_a_fault_in_making_a_request_is_not_swallowed() -> None:
+    async def broken(index: int) -> Any:
+        raise ValueError("no such image")
+
+    with pytest.raises(ValueError, match="no such image"):
+        run(run_load(sender(lambda _: Plan()), broken, Load(2, requests=4), "m"))
+
+
+def test_a_histogram_has_every_value_in_its_bin() -> None:
+    bins = histogram([0.001, 0.001, 0.0299, 12.0])
+    assert sum(bins.values()) == 4
+    for value in (0.001, 0.0299, 12.0):
+        low, high = (LOWEST_S * 10 ** (n / BINS_PER_DECADE) for n in (0, 1))
+        assert any(
+            low * 10 ** (int(n) / BINS_PER_DECADE) * 0.999 <= value <= high * 10 ** (int(n) / BINS_PER_DECADE) * 1.001
+            for n in bins
+        )
