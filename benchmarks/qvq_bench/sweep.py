@@ -211,12 +211,13 @@ async def find_capacity(
                 await level(load, repeats)
                 return result(None, high, "lowest")
             load = lower
-        elif low is not None and high / low > 1 + tolerance and not (whole and high - low <= 1):
+        elif high / low > 1 + tolerance and not (whole and high - low <= 1):
             load = rounded(math.sqrt(low * high), whole)
         else:  # both neighbours must stand when they are measured again
             if not (await level(low, repeats)).holds:
-                low, high = below(levels, low), low
-                load = low if low is not None else rounded(high / factor, whole)
+                high = low
+                low = below(levels, high)
+                load = rounded(high / factor, whole) if low is None else low
             elif (await level(high, repeats)).holds:
                 low, high = high, above(levels, high)
                 load = low if high is not None else min(rounded(low * factor, whole), highest)
