@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import signal
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -51,18 +52,33 @@ class Plan:
     sample_every: float = 0.5
 
 
+DRAWN: list[Workload] = []
+"""The workload of a worker process."""
+
+
+def begin_worker(workload: Workload) -> None:
+    """Ctrl-C is for the parent: it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    DRAWN.append(workload)
+
+
+def made_in_worker(index: int) -> Request:
+    return DRAWN[0].request(index)
+
+
 class Prepared:
     """Requests drawn ahead of need, in processes of their own: no stream may wait while an image is drawn."""
 
     def __init__(self, workload: Workload, workers: int = 2) -> None:
-        self.workload, self.made = workload, dict[int, Future[Request]]()
-        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        self.made: dict[int, Future[Request]] = {}
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(workload,))
 
     def ahead(self, first: int, count: int) -> None:
         """Has `count` requests from `first` on drawn."""
         for index in range(first, first + count):
             if index not in self.made:
-                self.made[index] = self.pool.submit(self.workload.request, index)
+                self.made[index] = self.pool.submit(made_in_worker, index)
 
     async def __call__(self, index: int) -> Request:
         self.ahead(index, 32)
@@ -76,7 +92,7 @@ class Prepared:
         await asyncio.gather(*(asyncio.wrap_future(self.made[index]) for index in range(first, first + count)))
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Bench:

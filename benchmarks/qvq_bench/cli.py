@@ -76,16 +76,19 @@ def slo_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_parser() -> Parser:
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `qvq-bench`, and those of its commands by name."""
     parser = Parser(prog="qvq-bench", description="Tokens per second and memory headroom of a server, as a capacity.")
     parser.add_argument("--version", action="version", version=f"qvq-bench {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
+    by_name: dict[str, Parser] = {}
 
     def add(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Parser:
         made: Parser = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
         )
         made.set_defaults(run=run)
+        by_name[name] = made
         return made
 
     run = add("run", "put one load on a server", run_run)
@@ -131,14 +134,16 @@ def build_parser() -> Parser:
     compare.add_argument("a", type=Path, metavar="A")
     compare.add_argument("b", type=Path, metavar="B")
     compare.add_argument("--anyway", action="store_true", help="compare different cards, workloads or seeds too")
-    return parser
+    return parser, by_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit code: 0; 1 where too little was ok; 2 for bad arguments or files; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = build_parser().parse_args(given)
+        parser, commands = build_parser()
+        known = commands.get(given[0]) if given else None  # a command's own parser knows its nearest flag
+        options = known.parse_args(given[1:]) if known else parser.parse_args(given)
         options.argv = without_key(given)
         return int(options.run(options))
     except QvqError as error:

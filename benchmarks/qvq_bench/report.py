@@ -124,6 +124,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "load": f"{here['load']:g} {unit_of(found)}",
         "plots": list(plots_over_time(found, here)),
         "steps": [row(step) for step in sorted(found["steps"], key=lambda s: (s["load"], s.get("repeat", 0)))],
+        "uses": memory_by_use(here["memory"]["by_use"]),
         "facts": facts(found),
         "invalid": [f"load {s['load']:g}: {s['client']['why']}" for s in found["steps"] if not s["client"]["valid"]],
     }
@@ -173,6 +174,21 @@ def facts(found: dict[str, Any]) -> dict[str, str]:
         "caches": found["caches"],
     }
     return {name: text or "-" for name, text in known.items()}
+
+
+def memory_by_use(by_gpu: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, str]]:
+    """Planned and measured memory of each card or CPU server; no rows where the server does not tell."""
+    rows = []
+    for gpu, sources in sorted(by_gpu.items()):
+        planned, measured = sources.get("planned", {}), sources.get("measured", {})
+        for use in dict.fromkeys([*planned, *measured]):
+            rows.append({"card": gpu, "use": use.replace("_", " "), "planned, GiB": gib(planned.get(use)),
+                         "measured, GiB": gib(measured.get(use))})  # fmt: skip
+    return rows
+
+
+def gib(value: float | None) -> str:
+    return number(value, ",.2f", 1 / GIB)
 
 
 MARKDOWN = ("result", "card", "capacity", "tok/s", "TTFT p95", "TPOT p95", "KV tokens free", "bytes free",
@@ -247,6 +263,7 @@ def plots_over_load(named: list[Result]) -> Iterator[dict[str, str]]:
     with plot("Throughput", unit, "output tokens/s") as (axes, made):
         lines(axes, lambda s: s["throughput"]["output_tokens_per_second"], "all")
         lines(axes, lambda s: (s["useful"] or {}).get("output_tokens_per_second"), "useful", "s--")
+        lines(axes, bandwidth_ceiling, "bandwidth's ceiling", "--")
         knees(axes)
         axes.set_ylim(bottom=0)
     yield made
@@ -284,6 +301,12 @@ def plots_over_load(named: list[Result]) -> Iterator[dict[str, str]]:
         with plot("Outcomes" + (f": {name}" if len(named) > 1 else ""), unit, "share of requests") as (axes, made):
             outcomes(axes, found)
         yield made
+
+
+def bandwidth_ceiling(step: dict[str, Any]) -> float | None:
+    """Tokens a second if the step's weights and KV cache had been read at the card's whole bandwidth."""
+    reached, found = step["ceiling"]["mbu"], step["throughput"]["output_tokens_per_second"]
+    return found / reached if reached and found else None
 
 
 def latency_of(name: str, quantile: str, factor: float, step: dict[str, Any]) -> float | None:

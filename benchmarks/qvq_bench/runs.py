@@ -10,7 +10,7 @@ from typing import Any
 from qvq_bench import ceiling, result
 from qvq_bench.bench import Bench, Plan, Target
 from qvq_bench.load import Measured
-from qvq_bench.sweep import Capacity, Objective, Verdict, bound_by, find_capacity
+from qvq_bench.sweep import Capacity, Level, Objective, Verdict, bound_by, find_capacity, so_far
 from qvq_bench.workload import Workload
 from qvq_serve.errors import UsageError
 
@@ -147,12 +147,24 @@ async def sweep_server(
             )  # fmt: skip
         except asyncio.CancelledError:
             say(f"qvq-bench: interrupted; {out} has {len(found['steps'])} steps, and --resume goes on from there")
-            return EXIT_INTERRUPTED
+            if not found["steps"]:
+                return EXIT_INTERRUPTED
+            capacity = so_far(levels_of(found["steps"], settings.objective), "interrupted")
     found["capacity"] = described(capacity, found["steps"], settings.objective)
     result.write(out, found)
     say(sentence(found["capacity"], workload.arrivals["kind"]))
     print(json.dumps(found["capacity"]))
+    if capacity.why == "interrupted":
+        return EXIT_INTERRUPTED
     return EXIT_NOT_OK if capacity.load is None else 0
+
+
+def levels_of(steps: list[dict[str, Any]], objective: Objective) -> list[Level]:
+    """Steps by their load, judged."""
+    levels: dict[float, Level] = {}
+    for step in steps:
+        levels.setdefault(step["load"], Level(step["load"])).verdicts.append(objective.judge(step))
+    return list(levels.values())
 
 
 def measure_on(bench: Bench, found: dict[str, Any], objective: Objective, out: Path) -> Any:
@@ -179,7 +191,7 @@ def measure_on(bench: Bench, found: dict[str, Any], objective: Objective, out: P
 def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:
     """An earlier result to go on from. Raises UsageError where it measured something else."""
     for key in ("kind", "workload", "plan", "objective", "server"):
-        if old.get(key) != new[key]:
+        if old.get(key) != json.loads(json.dumps(new[key])):
             raise UsageError(f"--resume {path}: its {key} is another one; choose another --out, or the same settings.")
     return old | {"resumed": [*old.get("resumed", []), new["date"]]}
 
@@ -228,9 +240,9 @@ def sentence(capacity: dict[str, Any], kind: str) -> str:
     speed = number(capacity["output_tokens_per_second"], ",.0f")
     held = f"capacity: {capacity['load']:g} {unit}, {speed} output tokens/s "
     held += f"(held in {times} of {capacity['repeats']} measurements); "
+    if capacity["ended"] == "interrupted":
+        held += "interrupted before it was bracketed; "
     if capacity["next_load"] is None:
-        why = (
-            "the client could not make more" if capacity["ended"] == "client" else "--max-load, nothing above was tried"
-        )
+        why = "the client could not make more" if capacity["ended"] == "client" else "nothing above was tried"
         return held + why
     return held + f"bound by {capacity['bound_by']}: at {capacity['next_load']:g}, {'; '.join(capacity['next_failed'])}"

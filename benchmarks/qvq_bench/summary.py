@@ -20,6 +20,8 @@ BINS_PER_DECADE, LOWEST_S = 50, 1e-6
 """Of the histograms: bin i counts values from LOWEST_S x 10^(i/50) on, 4.7 % wide."""
 ANSWERED = ("answered", "concluded")
 """Ways to end, by the `qvq` object, that leave an answer; without one, the finish reason `stop` does."""
+LEAST_CHUNKS = 64
+"""Chunks of a cut-off stream for its time per token to count, where none was finished."""
 QUEUE_LIMIT_S = 0.25
 """An open-loop client that sends later than this at its 99th percentile does not make the load that it says."""
 
@@ -95,14 +97,18 @@ def tokens_between(row: Row, start: float, stop: float, per_chunk: float) -> flo
 def values(made: Measured, alive: list[Row], name: str, per_chunk: float) -> list[float]:
     """A latency's values of the requests that count for it, in seconds.
 
-    Of a request that was cut off, the time per token is that between its chunks, by the tokens of a chunk.
+    Of a request that the load's end cut off, the time per token is that between its chunks, by the tokens of a chunk.
+    It counts only from half an answer on: the first tokens of a stream wait for the prompts that came with it, and a
+    stream of three tokens would show nothing else (a p95 of 931 ms instead of 76, on an H100 at 64 users).
     """
     at_start = name in ("time_to_first_token", "time_to_first_answer_token", "client_queue")
     rows = [row for row in alive if not at_start or (row.sent or 0.0) >= made.start]
     found = [getattr(row, name) for row in rows]
     if name == "time_per_output_token":
+        finished = [row.chunks for row in alive if row.outcome == "ok"]
+        least = float(np.median(finished)) / 2 if finished else LEAST_CHUNKS
         for row in rows:
-            if row.output_tokens is None and row.chunks > 1 and row.outcome == UNFINISHED:
+            if row.output_tokens is None and row.chunks >= max(least, 2) and row.outcome == UNFINISHED:
                 found.append((row.times[-1] - row.times[0]) / ((row.chunks - 1) * per_chunk))
     return [value for value in found if value is not None]
 

@@ -154,6 +154,15 @@ class Capacity:
     levels: list[Level]
 
 
+def so_far(levels: list[Level], why: str) -> Capacity:
+    """What is known of the capacity: the lowest load that did not hold, and the highest below it that did."""
+    high = min((level.load for level in levels if not level.holds), default=None)
+    low = max((level.load for level in levels if level.holds and level.load < (high or math.inf)), default=None)
+    verdicts = next((level.verdicts for level in levels if level.load == low), [])
+    confidence = sum(verdict.holds for verdict in verdicts) / len(verdicts) if verdicts else None
+    return Capacity(low, confidence, high, why, sorted(levels, key=lambda level: level.load))
+
+
 Measure = Callable[[float, int], Awaitable[Verdict]]
 """(load, repeat) to a verdict."""
 
@@ -184,18 +193,13 @@ async def find_capacity(
                 break
         return found
 
-    def result(low: float | None, high: float | None, why: str) -> Capacity:
-        verdicts = levels[low].verdicts if low is not None else []
-        confidence = sum(verdict.holds for verdict in verdicts) / len(verdicts) if verdicts else None
-        return Capacity(low, confidence, high, why, sorted(levels.values(), key=lambda found: found.load))
-
     low: float | None = None
     high: float | None = None
     load = start
     while True:
         found = await level(load, 1)
         if not found.verdicts[-1].valid:
-            return result(low, high, "client")
+            return so_far(list(levels.values()), "client")
         if found.holds:
             low = load
         else:
@@ -203,13 +207,13 @@ async def find_capacity(
         if high is None:  # climb
             if load >= highest:
                 await level(load, repeats)
-                return result(low, None, "highest")
+                return so_far(list(levels.values()), "highest")
             load = min(rounded(load * factor, whole), highest)
         elif low is None:  # down from the start
             lower = rounded(load / factor, whole)
             if lower >= load or lower < start / factor**6:
                 await level(load, repeats)
-                return result(None, high, "lowest")
+                return so_far(list(levels.values()), "lowest")
             load = lower
         elif high / low > 1 + tolerance and not (whole and high - low <= 1):
             load = rounded(math.sqrt(low * high), whole)
@@ -222,9 +226,9 @@ async def find_capacity(
                 low, high = high, above(levels, high)
                 load = low if high is not None else min(rounded(low * factor, whole), highest)
                 if high is None and low >= highest:
-                    return result(low, None, "highest")
+                    return so_far(list(levels.values()), "highest")
             else:
-                return result(low, high, "bracketed")
+                return so_far(list(levels.values()), "bracketed")
 
 
 def rounded(load: float, whole: bool) -> float:

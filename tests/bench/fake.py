@@ -7,7 +7,7 @@ given over a real socket here (`python -m tests.bench.fake PORT`) and on a virtu
 import asyncio
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -25,6 +25,7 @@ class Plan:
     ending: str = "stop"  # stop, length, repetition, silent (no finish reason), cut, error, refuse, busy, bad, hang
     continuous: int = 1  # usage in each chunk, where it is asked for
     qvq: str = ""  # `ended` of the qvq object
+    limit: int = 0  # streams at once; more are refused
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -74,8 +75,18 @@ def events(plan: Plan, body: dict[str, Any]) -> list[tuple[float, bytes]]:
 class Server(asyncio.Protocol):
     """HTTP/1.1 as far as the clients under test speak it; one write an event."""
 
+    streams = 0
+    """Streams that run, of all connections."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport, self.data = transport, b""
+        self.transport, self.data, self.streaming = transport, b"", False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.over()
+
+    def over(self) -> None:
+        Server.streams -= self.streaming
+        self.streaming = False
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -100,16 +111,21 @@ class Server(asyncio.Protocol):
 
     def stream(self, body: dict[str, Any]) -> None:
         plan, loop = Plan.parse(body["model"]), asyncio.get_running_loop()
+        if plan.limit and Server.streams >= plan.limit:
+            plan = replace(plan, ending="refuse")
         if plan.ending in STATUS:
             refusal = json.dumps({"error": {"message": "no", "code": STATUS[plan.ending]}}).encode()
             loop.call_later(plan.accept, self.answer, STATUS[plan.ending], refusal)
             return
+        Server.streams += 1
+        self.streaming = True
         self.play(loop.time(), iter(events(plan, body)), plan, HEAD)
 
     def play(self, start: float, left: Any, plan: Plan, head: bytes = b"") -> None:
         """The next event at its time, and the one after it."""
         found, loop = next(left, None), asyncio.get_running_loop()
         if found is None:
+            self.over()
             if plan.ending == "cut":
                 self.transport.close()
             elif plan.ending != "hang":

@@ -13,7 +13,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The files that the launchers need, in a checkout with no .venv."""
-    for name in ("pyproject.toml", "launch", "qvq_serve", "benchmarks/qvq_bench", "README.md", "LICENSE"):
+    for name in (
+        "pyproject.toml",
+        "launch",
+        "qvq_serve",
+        "benchmarks/qvq_bench",
+        "benchmarks/workloads",
+        "README.md",
+        "LICENSE",
+    ):
         source, target = ROOT / name, tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

@@ -1,0 +1,208 @@
+"""The program as its users run it, against a fake server over a real socket: results, exit codes, messages."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qvq_bench.result import unpack
+
+QUICK = "first=0.02,gap=0.005,chunks=6,tokens=2"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A fake server that says where it is."""
+    code = """
+import asyncio
+from tests.bench import fake
+
+async def main():
+    server = await fake.serve(0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.terminate()
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qvq_bench.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> Any:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def sweep(url: str, out: Path, *more: str, plan: str = QUICK + ",limit=3") -> subprocess.CompletedProcess[str]:
+    return bench("sweep", "--url", url, "--model", plan, "--workload", "chat-short", "--requests", "12", "--out", out,
+                 "--slo", "ttft_p95=2s,ok=99%", *more)  # fmt: skip
+
+
+def test_a_run_ends_with_its_summary_and_leaves_a_result_that_stands_alone(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "run.json"
+    done = bench("run", "--url", url, "--key", "sk-secret", "--model", QUICK, "--workload", "chat-short",
+                 "--load", "4", "--requests", "12", "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert last_line(done)["outcomes"] == {"ok": 12, "incomplete": 0, "error": 0, "refused": 0, "unfinished": 0}
+    text = out.read_text()
+    assert "sk-secret" not in text
+    found = json.loads(text)
+    for key in ("date", "command", "commit", "versions", "client", "workload", "plan", "target", "clock"):
+        assert found[key], key
+    assert found["workload"]["hash"] and found["workload"]["seed"] == 1
+    rows = unpack(found["steps"][0]["requests"])
+    assert len(rows["index"]) == 12 and set(rows["outcome"]) == {"ok"} and set(rows["output_tokens"]) == {12}
+    # A server without our metrics: what needs them is not known, and not 0.
+    assert found["steps"][0]["memory"]["kv_usage_peak"] is None
+    assert found["steps"][0]["memory"]["preemptions"] is None
+    assert found["steps"][0]["ceiling"]["mbu"] is None
+
+
+def test_too_little_that_is_ok_is_an_exit_code(url: str) -> None:
+    done = bench("run", "--url", url, "--model", QUICK + ",ending=cut", "--workload", "chat-short", "--requests", "4")
+    assert done.returncode == 1
+    assert last_line(done)["outcomes"]["incomplete"] == 4
+    assert "ok 0.00% is below --min-ok 99.00%" in done.stderr
+    allowed = bench("run", "--url", url, "--model", QUICK + ",ending=cut", "--workload", "chat-short",
+                    "--requests", "4", "--min-ok", "0")  # fmt: skip
+    assert allowed.returncode == 0
+
+
+def test_an_open_loop_by_a_rate(url: str) -> None:
+    done = bench("run", "--url", url, "--model", QUICK, "--workload", "chat-short", "--arrivals", "poisson",
+                 "--load", "20", "--seconds", "2")  # fmt: skip
+    found = last_line(done)
+    assert done.returncode == 0 and found["outcomes"]["ok"] == pytest.approx(40, abs=25)
+
+
+def test_a_sweep_finds_the_capacity_and_what_bound_it(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    done = sweep(url, out)
+    assert done.returncode == 0, done.stderr
+    found = last_line(done)
+    assert (found["load"], found["next_load"], found["bound_by"], found["confidence"]) == (3.0, 4.0, "queue", 1.0)
+    assert "capacity: 3 users" in done.stderr
+    steps = json.loads(out.read_text())["steps"]
+    again = sweep(url, out, "--resume")
+    assert last_line(again)["load"] == 3.0
+    assert [step["requests"] for step in json.loads(out.read_text())["steps"]] == [step["requests"] for step in steps]
+    other = sweep(url, out, "--resume", "--seed", "7")
+    assert other.returncode == 2 and f"--resume {out}: its workload is another one" in other.stderr
+
+
+def test_no_capacity_is_an_exit_code(url: str, tmp_path: Path) -> None:
+    done = sweep(url, tmp_path / "sweep.json", plan=QUICK + ",ending=refuse")
+    assert done.returncode == 1 and last_line(done)["load"] is None
+    assert "no capacity: not even the lowest load held (TTFT p95 was not measured; ok 0.0% < 99.0%)" in done.stderr
+
+
+def test_ctrl_c_keeps_what_was_measured_and_a_sweep_goes_on_from_there(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    arguments = ["sweep", "--url", url, "--model", "first=0.1,gap=0.01,chunks=30,limit=3", "--workload", "qvq-long",
+                 "--requests", "12", "--slo", "ttft_p95=2s,ok=99%", "--out", str(out)]  # fmt: skip
+    command = [sys.executable, "-m", "qvq_bench.cli", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    kept = json.loads(out.read_text())
+    assert kept["steps"] and kept["capacity"]["ended"] == "interrupted"
+    assert json.loads(stdout.strip().splitlines()[-1])["ended"] == "interrupted"
+    done = bench(*arguments, "--resume")
+    assert done.returncode == 0 and last_line(done)["load"] == 3.0
+    ended = json.loads(out.read_text())
+    assert ended["steps"][0]["requests"] == kept["steps"][0]["requests"] and len(ended["resumed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run"], "how long a step is: give --requests N or --seconds S"),
+        (["run", "--requests", "0"], "--requests 0: must be more than 0"),
+        (["run", "--requests", "3", "--warmup", "5"], "--warmup 5: must be 0 or more, and needs --seconds"),
+        (["run", "--requests", "3", "--no-drain"], "--no-drain: needs --seconds"),
+        (["run", "--requests", "3", "--load", "1.5"], "--load 1.5: users of a closed loop are whole numbers"),
+        (["run", "--requests", "3", "--load", "-1"], "--load -1: must be more than 0"),
+        (["run", "--requests", "3", "--workload", "qvq-lang"], "Did you mean 'qvq-long'?"),
+        (["run", "--requests", "3", "--arrivals", "poison"], "poisson"),
+        (["run", "--requests", "3", "--url", "localhost"], "--url localhost: give a URL such as"),
+        (
+            ["run", "--requests", "3", "--url", "http://127.0.0.1:9"],
+            "--url http://127.0.0.1:9: no server answers there",
+        ),
+        (["run", "--requests", "3", "--min-ok", "2"], "--min-ok 2: must be between 0 and 1"),
+        (["run", "--request", "3"], "unknown argument '--request'. Did you mean '--requests'?"),
+        (["sweep", "--requests", "3", "--out", "x", "--slo", "ttft=1s"], "--slo ttft=1s: unknown objective"),
+        (["sweep", "--requests", "3", "--out", "x", "--repeats", "0"], "--repeats 0: must be 1 or more"),
+        (["sweep", "--requests", "3", "--out", "x", "--start", "9", "--max-load", "3"], "--max-load 3: is less than"),
+        (["sweep", "--requests", "3", "--out", "x", "--min-headroom", "1"], "--min-headroom 1: must be 0 or more"),
+        (["report", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["compare", "README.md", "README.md"], "README.md: is no JSON, so no result of qvq-bench"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], said: str) -> None:
+    done = bench(*arguments)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+@pytest.fixture(scope="module")
+def swept(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("swept") / "sweep.json"
+    assert sweep(url, out).returncode == 0
+    return out
+
+
+def test_a_report_needs_no_network_and_says_the_capacity_first(swept: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = bench("report", swept, "--out", page, "--users", "10")
+    assert done.returncode == 0, done.stderr
+    assert "| sweep | - | 3 users |" in done.stdout
+    assert "sweep: 10 users need 4 replicas, at 3 users each." in done.stdout
+    text = page.read_text()
+    assert not re.search(r"<script|<link|(src|href)=[\"']?(https?:)?//|url\(\s*[\"']?http", text)
+    assert text.index("capacity: 3 users") < text.index("<svg")
+    assert text.count("<svg") >= 6
+    assert "<td>-</td>" in text  # a figure that is not known
+
+
+def test_several_results_are_in_one_report(swept: Path, url: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    assert sweep(url, other, plan=QUICK + ",limit=5").returncode == 0
+    page = tmp_path / "report.html"
+    done = bench("report", swept, other, "--out", page)
+    assert "| sweep | - | 3 users |" in done.stdout and "| other | - | 5 users |" in done.stdout
+    compared = bench("compare", swept, other)
+    assert compared.returncode == 0 and last_line(compared)["capacity_ratio"] == pytest.approx(5 / 3)
+    same = last_line(bench("compare", swept, swept))
+    assert {row["ratio"] for row in same["rows"]} == {1.0}
+    assert not any(row["told"] for row in same["rows"])
+
+
+def test_what_did_not_measure_the_same_is_not_compared(swept: Path, url: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    assert sweep(url, other, "--seed", "9").returncode == 0
+    done = bench("compare", swept, other)
+    assert done.returncode == 2 and "the results cannot be compared: workload: " in done.stderr
+    assert "seed: 1 and 9" in done.stderr
+    assert last_line(bench("compare", swept, other, "--anyway"))["capacity_ratio"] == 1.0
