@@ -126,14 +126,13 @@ class Bench:
         url = f"{self.target.url}/v1/models"
         try:
             async with self.session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as response:
-                if response.status == 401:
-                    raise UsageError(f"--url {self.target.url}: the server wants a key: --key or QVQ_API_KEY.")
-                listed = await response.json()
-                return str(listed["data"][0]["id"])
+                if response.status != 401:
+                    return str((await response.json())["data"][0]["id"])
         except (TimeoutError, aiohttp.ClientError) as error:
             raise ConnectionError(str(error) or type(error).__name__) from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise UsageError(f"{url}: lists no model. Name it by --model.") from None
+        raise UsageError(f"--url {self.target.url}: the server wants a key: --key or QVQ_API_KEY.")
 
     async def step(self, level: float, what: str = "") -> tuple[dict[str, Any], Measured]:
         """Puts one load on the server; its summary, and all that was measured. Ctrl-C ends it early (`interrupted`)."""

@@ -25,6 +25,7 @@ class Plan:
     ending: str = "stop"  # stop, length, repetition, silent (no finish reason), cut, error, refuse, busy, bad, hang
     continuous: int = 1  # usage in each chunk, where it is asked for
     qvq: str = ""  # `ended` of the qvq object
+    comment: int = 1  # a keep-alive comment comes first
     limit: int = 0  # streams at once; more are refused
 
     @classmethod
@@ -56,7 +57,8 @@ def events(plan: Plan, body: dict[str, Any]) -> list[tuple[float, bytes]]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return event({"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice], **more})
 
-    made = [(plan.accept, b": keep-alive\n\n"), (plan.accept, chunk({"role": "assistant", "content": ""}, 0))]
+    made = [(plan.accept, b": keep-alive\n\n")] if plan.comment else []
+    made.append((plan.accept, chunk({"role": "assistant", "content": ""}, 0)))
     for at in range(plan.chunks):
         part = "reasoning" if at < plan.reasoning else "content"
         made.append((plan.first + at * plan.gap, chunk({part: "ab " * plan.tokens}, (at + 1) * plan.tokens)))
