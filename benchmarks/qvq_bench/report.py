@@ -172,6 +172,7 @@ def facts(found: dict[str, Any]) -> dict[str, str]:
         "commit": found.get("commit"),
         "client": f"{found['client']['cpu']}, {found['client']['cores']} cores",
         "caches": found["caches"],
+        **({"note": found["note"]} if "note" in found else {}),
     }
     return {name: text or "-" for name, text in known.items()}
 

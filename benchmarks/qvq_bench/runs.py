@@ -238,7 +238,8 @@ def sentence(capacity: dict[str, Any], kind: str) -> str:
         return f"no capacity: not even the lowest load held ({'; '.join(capacity['next_failed'] or [])})"
     times = round(capacity["confidence"] * capacity["repeats"])
     speed = number(capacity["output_tokens_per_second"], ",.0f")
-    held = f"capacity: {capacity['load']:g} {unit}, {speed} output tokens/s "
+    least = "at least " if capacity["next_load"] is None else ""
+    held = f"capacity: {least}{capacity['load']:g} {unit}, {speed} output tokens/s "
     held += f"(held in {times} of {capacity['repeats']} measurements); "
     if capacity["ended"] == "interrupted":
         held += "interrupted before it was bracketed; "
