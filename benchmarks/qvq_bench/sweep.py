@@ -130,8 +130,8 @@ class Level:
 
     @property
     def holds(self) -> bool:
-        """By the majority; a tie does not hold."""
-        return sum(verdict.holds for verdict in self.verdicts) * 2 > len(self.verdicts)
+        """By the majority; a tie does not hold, and neither does what the client could not keep up with."""
+        return sum(verdict.holds and verdict.valid for verdict in self.verdicts) * 2 > len(self.verdicts)
 
     @property
     def close(self) -> bool:
