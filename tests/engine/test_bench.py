@@ -52,8 +52,9 @@ def test_repeated_images_are_found_in_the_cache(server: Server) -> None:
 
 def test_how_requests_end_is_taken_from_the_qvq_object(server: Server, tmp_path: Path) -> None:
     workload = tmp_path / "answers.toml"
-    workload.write_text("[images]\ncount = 0\n[text]\ntokens = 20\n[output]\ntokens = 60\nignore_eos = false\n[sampling]\n"
-                        "thinking_token_budget = 20\n")  # fmt: skip
+    sections = ("[images]\ncount = 0", "[text]\ntokens = 20", "[output]\ntokens = 60\nignore_eos = false",
+                "[sampling]\nthinking_token_budget = 20")  # fmt: skip
+    workload.write_text("\n".join(sections))
     done = bench("run", "--url", server.url, "--key", KEY, "--workload", workload, "--load", "4", "--requests", "8")
     useful = json.loads(done.stdout.splitlines()[-1])["useful"]
     assert sum(useful["ended"].values()) == 8
