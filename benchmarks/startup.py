@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+from qvq_bench.result import processor
 
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
@@ -62,12 +63,6 @@ def help_seconds() -> float:
     started = time.monotonic()
     subprocess.run([QVQ_SERVE, "--help"], stdout=subprocess.DEVNULL, check=True)
     return time.monotonic() - started
-
-
-def processor() -> str:
-    """The CPU's model name."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 def main() -> None:
