@@ -24,8 +24,9 @@ from tests.governor import cases
 
 SEEDS = 40
 GRACE = 2 * EVERY
-HALVES = {"tuning": 0, "held out": 1}
-"""The seeds' parity."""
+HALVES = {"tuning": 0, "held out": 201}
+"""The first seed of each half, in steps of two. Odd seeds below 201 gave 2 false finds in 500 honest texts with the
+thresholds 0.97, 0.77, 0.78 and 0.36; they were raised without looking at those texts, and later seeds judge."""
 
 
 def loops(found: list[cases.Case]) -> dict[str, Any]:
@@ -44,11 +45,11 @@ def loops(found: list[cases.Case]) -> dict[str, Any]:
     }
 
 
-def honest(texts: int, half: int) -> dict[str, Any]:
+def honest(texts: int, first: int) -> dict[str, Any]:
     """False finds by kind among so many texts, with their seeds."""
     kinds: dict[str, Any] = {kind: {"texts": 0, "finds": []} for kind in cases.HONEST}
     for index in range(texts):
-        kind, seed = list(kinds)[index % len(kinds)], 2 * (index // len(kinds)) + half
+        kind, seed = list(kinds)[index % len(kinds)], first + 2 * (index // len(kinds))
         kinds[kind]["texts"] += 1
         at = cases.first_find(cases.honest(kind, seed), cases.words())
         if at is not None:
@@ -77,10 +78,10 @@ def main() -> None:
         "look_ms": {rows: look_ms(rows) for rows in (1, 16, 64, 256)},
         "loops": {}, "honest": {},
     }  # fmt: skip
-    for name, half in HALVES.items():
-        seeds = range(half, SEEDS, 2)
+    for name, first in HALVES.items():
+        seeds = range(first, first + SEEDS, 2)
         result["loops"][name] = {kind: loops([cases.loop(kind, seed, GRACE) for seed in seeds]) for kind in cases.LOOPS}
-        result["honest"][name] = honest(texts // 2, half)
+        result["honest"][name] = honest(texts // 2, first)
     result["public"] = loops(cases.public(GRACE))
     out.write_text(json.dumps(result, indent=1) + "\n")
     print("| loops | half | cases | in time | strict | later | never | median delay, tokens |\n" + "| --- " * 8 + "|")
