@@ -93,8 +93,12 @@ def guidellm(url: str, prompts: list[str], options: argparse.Namespace) -> dict[
     with tempfile.TemporaryDirectory() as directory:
         data, out = Path(directory, "data.jsonl"), Path(directory, "out.json")
         data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        extras = json.dumps({"body": {"ignore_eos": True, "temperature": 0.6}})
-        backend = {"kind": "openai_http", "target": url, "max_tokens": options.tokens, "extras": json.loads(extras)}
+        backend = {
+            "kind": "openai_http",
+            "target": url,
+            "max_tokens": options.tokens,
+            "extras": {"body": {"ignore_eos": True, "temperature": 0.6}},
+        }
         command = [options.guidellm, "run", "--disable-console", "--backend", json.dumps(backend),
                    "--profile", f"kind=concurrent,streams={options.users}",
                    "--constraint", f"kind=max_requests,count={len(prompts)}",

@@ -130,12 +130,17 @@ def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> in
 def vision_weights(geometry: ModelGeometry, kind: str, tp: int, data_parallel: bool) -> int:
     """Bytes of the vision encoder on a GPU: every pipeline stage has one. vLLM's FP8 takes its layers too; four-bit
     checkpoints leave them in BF16."""
-    g = geometry
-    merged = 4 * g.vision_size
-    layers = g.vision_layers * (4 * g.vision_size**2 + 2 * g.vision_size * g.vision_mlp_size)
-    merger = merged * merged + merged * g.hidden_size
     split = 1 if data_parallel else tp
-    return (layers + merger) * (1 if kind == "fp8" else BF16) // split + PATCH_VALUES * g.vision_size * BF16
+    patch_embedding = PATCH_VALUES * geometry.vision_size * BF16
+    return sum(vision_parameters(geometry)) * (1 if kind == "fp8" else BF16) // split + patch_embedding
+
+
+def vision_parameters(geometry: ModelGeometry) -> tuple[int, int]:
+    """(parameters of the vision encoder's layers, of its merger); without the embedding of patches."""
+    g = geometry
+    merged = PATCHES_PER_TOKEN * g.vision_size
+    layers = g.vision_layers * (4 * g.vision_size**2 + 2 * g.vision_size * g.vision_mlp_size)
+    return layers, merged * merged + merged * g.hidden_size
 
 
 def rope_table(geometry: ModelGeometry) -> int:

@@ -125,11 +125,10 @@ class Bench:
         headers = {"Authorization": f"Bearer {self.target.key}"} if self.target.key else {}
         url = f"{self.target.url}/v1/models"
         try:
-            async with self.session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as response:
-                if response.status != 401:
-                    return str((await response.json())["data"][0]["id"])
-        except (TimeoutError, aiohttp.ClientError) as error:
-            raise ConnectionError(str(error) or type(error).__name__) from None
+            with client.connection_errors():
+                async with self.session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as response:
+                    if response.status != 401:
+                        return str((await response.json())["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise UsageError(f"{url}: lists no model. Name it by --model.") from None
         raise UsageError(f"--url {self.target.url}: the server wants a key: --key or QVQ_API_KEY.")

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvq_bench.client import Row
-
-PATCHES = 4
-"""Patches of a visual token."""
+from qvq_serve.memory import PATCHES_PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def shares(
         flops += prompt * model["token_flops"]
         flops += (prompt**2 / 2 + output * (prompt + output / 2)) * model["attention_flops"]
         if row.visual_tokens and row.images:
-            patches = PATCHES * row.visual_tokens
+            patches = PATCHES_PER_TOKEN * row.visual_tokens
             flops += patches * (model["patch_flops"] + patches / row.images * model["patch_pair_flops"])
     return {"mbu": read / card.bandwidth, "mfu": flops / seconds / card.flops(server.get("weights", ""))}
 

@@ -10,13 +10,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from qvq_bench import EXIT_INTERRUPTED
 from qvq_serve import __version__
 from qvq_serve.cli import Parser
 from qvq_serve.errors import QvqError, UsageError
 
-EXIT_NOT_OK = 1
-"""Too few requests were ok, or the client could not keep up."""
-EXIT_INTERRUPTED = 130
 SLO = "ttft_p95=10s,tpot_p95=100ms,ok=99%"
 
 

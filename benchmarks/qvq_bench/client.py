@@ -7,8 +7,8 @@ arrived, so neither a chunk with nothing but a role nor a keep-alive comment cou
 import array
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +95,15 @@ Send = Callable[[dict[str, Any]], AbstractAsyncContextManager[Reply]]
 """Sends a body to the chat route. Raises ConnectionError where there is no server."""
 
 
+@contextmanager
+def connection_errors() -> Iterator[None]:
+    """What aiohttp raises where a server is away, breaks off or is too slow, as a ConnectionError."""
+    try:
+        yield
+    except (TimeoutError, aiohttp.ClientError) as error:
+        raise ConnectionError(str(error) or type(error).__name__) from None
+
+
 class HttpReply:
     """aiohttp's response as a Reply."""
 
@@ -102,11 +111,9 @@ class HttpReply:
         self.response, self.status = response, response.status
 
     async def parts(self) -> AsyncIterator[bytes]:
-        try:
+        with connection_errors():
             async for part in self.response.content.iter_any():
                 yield part
-        except (TimeoutError, aiohttp.ClientError) as error:
-            raise ConnectionError(str(error) or type(error).__name__) from None
 
 
 def http(session: aiohttp.ClientSession, url: str, key: str | None) -> Send:
@@ -115,10 +122,8 @@ def http(session: aiohttp.ClientSession, url: str, key: str | None) -> Send:
 
     @asynccontextmanager
     async def send(body: dict[str, Any]) -> AsyncIterator[Reply]:
-        try:
+        with connection_errors():
             response = await session.post(f"{url}/v1/chat/completions", data=json.dumps(body), headers=headers)
-        except (TimeoutError, aiohttp.ClientError) as error:
-            raise ConnectionError(str(error) or type(error).__name__) from None
         async with response:
             yield HttpReply(response)
 
@@ -161,7 +166,7 @@ async def ask(send: Send, body: dict[str, Any], row: Row) -> None:
             row.outcome = "ok" if row.finish and row.output_tokens is not None else "incomplete"
             if row.outcome == "incomplete":
                 row.message = "the stream ended without " + ("usage" if row.finish else "a finish reason")
-    except (ConnectionError, OSError) as error:
+    except OSError as error:
         # A stream that had begun was cut; one that had not never got through.
         row.outcome, row.message = ("incomplete" if row.chunks else "error"), f"{type(error).__name__}: {error}"
     except ValueError as error:

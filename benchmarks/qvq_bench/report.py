@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from qvq_bench.client import UNFINISHED
 from qvq_bench.result import unpack
-from qvq_bench.runs import number, sentence
+from qvq_bench.runs import load_unit, median_step, number, sentence
 from qvq_bench.sweep import Objective
 from qvq_serve.errors import UsageError
+from qvq_serve.gpu import GIB
 
-GIB = 2**30
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 OUTCOME_COLOURS = {
     "ok": "#059669",
@@ -29,7 +29,6 @@ OUTCOME_COLOURS = {
     "refused": "#9333ea",
     UNFINISHED: "#cbd5e1",
 }
-UNITS = {"closed": "users", "trace": "x recorded speed"}
 matplotlib.rcParams |= {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.grid": True,
     "axes.spines.right": False, "grid.color": "#e2e8f0", "axes.edgecolor": "#94a3b8", "legend.frameon": False,
@@ -64,7 +63,7 @@ def write(results: list[tuple[Path, dict[str, Any]]], out: Path, users: int | No
 
 
 def unit_of(found: dict[str, Any]) -> str:
-    return UNITS.get(found["workload"]["settings"]["arrivals"]["kind"], "requests/s")
+    return load_unit(found["workload"]["settings"]["arrivals"]["kind"])
 
 
 def replicas(name: str, found: dict[str, Any], users: int | None) -> str:
@@ -78,14 +77,7 @@ def replicas(name: str, found: dict[str, Any], users: int | None) -> str:
 
 def representative(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A step for each load, by rising load: of its repeats the one with the median throughput."""
-    loads: dict[float, list[dict[str, Any]]] = {}
-    for step in found["steps"]:
-        loads.setdefault(step["load"], []).append(step)
-    chosen = []
-    for _, steps in sorted(loads.items()):
-        steps.sort(key=lambda step: step["throughput"]["output_tokens_per_second"] or 0.0)
-        chosen.append(steps[len(steps) // 2])
-    return chosen
+    return [median_step(found["steps"], load) for load in sorted({step["load"] for step in found["steps"]})]
 
 
 def at_capacity(found: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import zlib
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,11 +79,7 @@ def pack_step(made: Measured) -> dict[str, str]:
 
 def columns(row: Row) -> dict[str, Any]:
     """A row's fields without the times of its chunks."""
-    row_times, row.times = row.times, row.times[:0]
-    try:
-        return {name: value for name, value in asdict(row).items() if name != "times"}
-    finally:
-        row.times = row_times
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "times"}
 
 
 def short(value: Any) -> Any:

@@ -7,15 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvq_bench import ceiling, result
+from qvq_bench import EXIT_INTERRUPTED, EXIT_NOT_OK, ceiling, result
 from qvq_bench.bench import Bench, Plan, Target
 from qvq_bench.load import Measured
 from qvq_bench.sweep import Capacity, Level, Objective, Verdict, bound_by, find_capacity, so_far
 from qvq_bench.workload import Workload
 from qvq_serve.errors import UsageError
-
-EXIT_NOT_OK = 1
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,8 @@ def measure_on(bench: Bench, found: dict[str, Any], objective: Objective, out: P
             more = {"repeat": repeat, "holds": verdict.holds, "failed": verdict.failed, "next_index": bench.next_index}
             step = add_step(found, out, summary, made, **more)
             say(f"{line(step)} -> {'holds' if verdict.holds else '; '.join(verdict.failed)}")
-        verdict = objective.judge(step)
+        else:
+            verdict = objective.judge(step)
         if not verdict.valid:
             say(f"qvq-bench: the client does not keep up: {step['client']['why']}")
         return verdict
@@ -196,18 +194,15 @@ def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, A
     return old | {"resumed": [*old.get("resumed", []), new["date"]]}
 
 
+def median_step(steps: list[dict[str, Any]], load: float) -> dict[str, Any]:
+    """Of the repeats of a load, the one with the median throughput."""
+    at = [step for step in steps if step["load"] == load]
+    return sorted(at, key=lambda step: step["throughput"]["output_tokens_per_second"] or 0.0)[len(at) // 2]
+
+
 def described(capacity: Capacity, steps: list[dict[str, Any]], objective: Objective) -> dict[str, Any]:
     """The capacity with the figures at it, and what bound it."""
-
-    def of(load: float | None) -> dict[str, Any] | None:
-        """The step of a load whose throughput is the median of its repeats."""
-        at = sorted(
-            (step for step in steps if step["load"] == load),
-            key=lambda s: s["throughput"]["output_tokens_per_second"] or 0,
-        )
-        return at[len(at) // 2] if at else None
-
-    here, above = of(capacity.load), of(capacity.next_load)
+    here, above = (None if load is None else median_step(steps, load) for load in (capacity.load, capacity.next_load))
     bound = bound_by(above, objective.judge(above)) if above else None
     if capacity.why == "client":
         bound = "client"
@@ -231,15 +226,19 @@ def described(capacity: Capacity, steps: list[dict[str, Any]], objective: Object
     }
 
 
+def load_unit(kind: str) -> str:
+    """What a load of a kind of arrivals is counted in."""
+    return {"closed": "users", "trace": "x the recorded speed"}.get(kind, "requests/s")
+
+
 def sentence(capacity: dict[str, Any], kind: str) -> str:
     """The capacity for a reader."""
-    unit = {"closed": "users", "trace": "x the recorded speed"}.get(kind, "requests/s")
     if capacity["load"] is None:
         return f"no capacity: not even the lowest load held ({'; '.join(capacity['next_failed'] or [])})"
     times = round(capacity["confidence"] * capacity["repeats"])
     speed = number(capacity["output_tokens_per_second"], ",.0f")
     least = "at least " if capacity["next_load"] is None else ""
-    held = f"capacity: {least}{capacity['load']:g} {unit}, {speed} output tokens/s "
+    held = f"capacity: {least}{capacity['load']:g} {load_unit(kind)}, {speed} output tokens/s "
     held += f"(held in {times} of {capacity['repeats']} measurements); "
     if capacity["ended"] == "interrupted":
         held += "interrupted before it was bracketed; "

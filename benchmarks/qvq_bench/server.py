@@ -7,6 +7,8 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from qvq_bench.client import connection_errors
+
 GAUGES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
@@ -71,11 +73,9 @@ class Watcher:
 
     async def __call__(self) -> dict[str, Any]:
         """One sample. Raises ConnectionError where the server cannot be reached."""
-        try:
+        with connection_errors():
             async with self.session.get(self.url, timeout=aiohttp.ClientTimeout(total=5)) as response:
                 text = await response.text() if response.status == 200 else ""
-        except (TimeoutError, aiohttp.ClientError) as error:
-            raise ConnectionError(str(error)) from None
         return parse(text) | self.local()
 
 

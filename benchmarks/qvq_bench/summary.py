@@ -13,13 +13,12 @@ import numpy as np
 from qvq_bench import ceiling
 from qvq_bench.client import OUTCOMES, UNFINISHED, Row
 from qvq_bench.load import LAG_LIMIT_S, Measured
+from qvq_serve.hooks import OWN_ANSWER
 
 QUANTILES = (50, 90, 95, 99, 99.9)
 LATENCIES = ("time_to_first_token", "time_to_first_answer_token", "time_per_output_token", "end_to_end", "client_queue")
 BINS_PER_DECADE, LOWEST_S = 50, 1e-6
 """Of the histograms: bin i counts values from LOWEST_S x 10^(i/50) on, 4.7 % wide."""
-ANSWERED = ("answered", "concluded")
-"""Ways to end, by the `qvq` object, that leave an answer; without one, the finish reason `stop` does."""
 LEAST_CHUNKS = 64
 """Chunks of a cut-off stream for its time per token to count, where none was finished."""
 QUEUE_LIMIT_S = 0.25
@@ -43,6 +42,8 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
     memory = memory_figures(seen, [row for row in alive if row.outcome == "ok"])
     gpus = max(int(first(seen, "server").get("gpus") or 1), 1)
     done = [row for row in alive if row.outcome == "ok" and row.end is not None and made.start <= row.end <= made.stop]
+    latencies: dict[str, Any] = {name: values(made, alive, name, per_chunk) for name in LATENCIES}
+    latencies["chunk_gap"] = gaps(alive, made.start)
     return {
         "load": load,
         "window_s": window,
@@ -58,10 +59,8 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
             "images_per_second": rate(sum(row.images for row in done), window),
         },
         "useful": useful(alive, inside, done, window) if judged else None,
-        "latency": {name: quantiles(values(made, alive, name, per_chunk)) for name in LATENCIES}
-        | {"chunk_gap": quantiles(gaps(alive, made.start))},
-        "histograms": {name: histogram(values(made, alive, name, per_chunk)) for name in LATENCIES}
-        | {"chunk_gap": histogram(gaps(alive, made.start))},
+        "latency": {name: quantiles(found) for name, found in latencies.items()},
+        "histograms": {name: histogram(found) for name, found in latencies.items()},
         "memory": memory,
         "ceiling": reached(seen, alive, window, output, memory),
         "client": client(made),
@@ -158,14 +157,14 @@ def useful(alive: list[Row], inside: dict[int, float], done: list[Row], window: 
             by_way[way(row)] += inside[row.index]  # type: ignore[assignment]
             ended[way(row)] += 1
     total = sum(by_way.values())
-    answered = sum(by_way[name] for name in ANSWERED)
+    answered = sum(by_way[name] for name in OWN_ANSWER)
     return {
-        "answers_per_second": rate(sum(way(row) in ANSWERED for row in done), window),
+        "answers_per_second": rate(sum(way(row) in OWN_ANSWER for row in done), window),
         "output_tokens_per_second": rate(answered, window),
         "share": answered / total if total else None,
-        "lost": {name: count / total for name, count in by_way.items() if name not in ANSWERED and total},
+        "lost": {name: count / total for name, count in by_way.items() if name not in OWN_ANSWER and total},
         "ended": dict(ended),
-        "tokens_per_answer": answered / n if (n := sum(ended[name] for name in ANSWERED)) else None,
+        "tokens_per_answer": answered / n if (n := sum(ended[name] for name in OWN_ANSWER)) else None,
     }
 
 

@@ -7,13 +7,20 @@ from dataclasses import asdict
 from typing import Any
 
 from qvq_serve import __version__, metrics
+from qvq_serve.engine import SECRET
 from qvq_serve.gpu import Gpu
-from qvq_serve.memory import BF16, dtype_bytes, kv_bytes_per_token, language_weights, rope_table, weight_kind
+from qvq_serve.memory import (
+    BF16,
+    PATCHES_PER_TOKEN,
+    dtype_bytes,
+    kv_bytes_per_token,
+    language_weights,
+    rope_table,
+    vision_parameters,
+    weight_kind,
+)
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import OPTIONS, Profile
-
-PATCHES = 4
-"""Patches of 14 x 14 px that the vision encoder merges into one visual token."""
+from qvq_serve.profile import Profile
 
 
 def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]:
@@ -31,30 +38,27 @@ def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]
     weights = language_weights(g, kind, profile.tp, profile.pp) - rope_table(g)
     if not g.tied_embeddings and profile.pp == 1:
         weights -= head * BF16  # of the embeddings only the rows of the batch are read
-    encoder = g.vision_layers * (4 * g.vision_size**2 + 2 * g.vision_size * g.vision_mlp_size)
-    merger = (PATCHES * g.vision_size) ** 2 + PATCHES * g.vision_size * g.hidden_size
+    encoder, merger = vision_parameters(g)
     return {
         "weight_bytes": weights * (size / BF16 if kind == "bf16" else 1),
         "kv_bytes": kv_bytes_per_token(g, profile),
         "token_flops": 2 * (layers * per_layer // profile.tp + head),
         "attention_flops": 4 * layers * g.hidden_size / profile.tp,
-        "patch_flops": 2 * (encoder + merger / PATCHES) / profile.tp,
+        "patch_flops": 2 * (encoder + merger / PATCHES_PER_TOKEN) / profile.tp,
         "patch_pair_flops": 4 * g.vision_layers * g.vision_size / profile.tp,
     }
 
 
-def launch_labels(profile: Profile, gpus: list[Gpu]) -> dict[str, str]:
+def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) -> dict[str, str]:
     """The launch in words. Keys are left out, and of a path everything but its last part."""
     from vllm import __version__ as vllm_version
 
-    secret = {option.name for option in OPTIONS if option.metadata["secret"]}
     default = Profile()
     chosen = {
         name: last_part(value)
         for name, value in asdict(profile).items()
-        if name not in secret and value != getattr(default, name)
+        if name not in SECRET and value != getattr(default, name)
     }
-    geometry = ModelGeometry.load(profile.model)
     return {
         "version": __version__,
         "vllm": vllm_version,
@@ -75,6 +79,7 @@ def last_part(value: Any) -> Any:
 
 def export(profile: Profile, gpus: list[Gpu]) -> None:
     """Sets the metrics, once."""
-    metrics.SERVER.labels(**launch_labels(profile, gpus)).set(1)
-    for name, value in token_figures(profile, ModelGeometry.load(profile.model)).items():
+    geometry = ModelGeometry.load(profile.model)
+    metrics.SERVER.labels(**launch_labels(profile, geometry, gpus)).set(1)
+    for name, value in token_figures(profile, geometry).items():
         metrics.MODEL.labels(name).set(value)

@@ -23,7 +23,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from qvq_serve import metrics
 from qvq_serve.api import limits
 from qvq_serve.engine import launched_profile
-from qvq_serve.hooks import CONTEXT, Answer, Context, Part, Refuse, Stop
+from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
 from qvq_serve.hooks.images import bound_images
 from qvq_serve.hooks.reasoning import PARSERS, Parsed
@@ -39,7 +39,6 @@ OURS = {"length": "length", "repetition": "looped", "abort": "timeout"}
 OPENAI = {"repetition": "stop", "abort": "length"}
 """What OpenAI's clients know, for what only vLLM has."""
 TIMED_OUT = "timed out"
-OWN_ANSWER = ("answered", "concluded")
 
 
 OBJECTS = {

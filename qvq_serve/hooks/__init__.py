@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qvq_serve.profile import Profile
 
 Part = Literal["reasoning", "answer"]
+OWN_ANSWER = ("answered", "concluded")
+"""Ways to end that leave an answer of the model's own; the tokens of the others are wasted."""
 
 
 @dataclass

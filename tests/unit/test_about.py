@@ -35,7 +35,7 @@ def test_four_gpus_share_it_and_fewer_bits_are_fewer_bytes() -> None:
 def test_the_launch_is_told_without_keys_and_without_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["qvq-serve", "--model", "/secret/place/qvq-72b", "--tp", "2"])
     profile = Profile(model="qvq-72b", tp=2, api_key="sk-secret", guard_api_key="sk-other", log_format="json")
-    labels = launch_labels(profile, [Gpu(0, "NVIDIA H200", 140), Gpu(1, "NVIDIA H200", 140)])
+    labels = launch_labels(profile, QVQ, [Gpu(0, "NVIDIA H200", 140), Gpu(1, "NVIDIA H200", 140)])
     assert "secret" not in json.dumps(labels) and "sk-other" not in json.dumps(labels)
     assert labels["argv"] == "qvq-serve --model qvq-72b --tp 2"
     assert json.loads(labels["profile"]) == {"tp": 2, "log_format": "json"}
