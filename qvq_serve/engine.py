@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from qvq_serve import visual
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.model import DEMO, KNOWN, locate
-from qvq_serve.profile import OPTIONS, Profile, argument_name, flag
+from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = PARSER = "qvq"
@@ -81,6 +81,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     Raises UsageError where an argument after `--` is one of ours, or a CPU has fewer cores than workers.
     """
     refuse_owned(profile.vllm)
+    refuse_beside_governor(profile)
     least, most = visual.pixels(profile.min_visual_tokens), visual.pixels(profile.max_visual_tokens)
     limits = {"image": profile.max_images, "video": 0}
     sizes = {"size": {"shortest_edge": least, "longest_edge": most}}
@@ -111,7 +112,11 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
             {"enable_in_reasoning": True},
             "our grammars describe the reasoning too (qvq_serve/hooks/request.py)",
         ),
-        ("--worker-extension-cls", "qvq_serve.worker.WorkerMemory", "each worker tells what memory it takes"),
+        (
+            "--worker-extension-cls",
+            "qvq_serve.worker.WorkerFigures",
+            "each worker tells of its memory and governor",
+        ),
         (
             "--default-chat-template-kwargs",
             {"system_prompt": profile.system_prompt},
@@ -125,11 +130,14 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
             argv += [option.metadata["vllm"], str(value)]
     for name, value, _ in derived:
         argv += [name, json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value]
+    reasons = {name: reason for name, _, reason in derived}
+    if profile.governor != "off":
+        argv += ["--logits-processors", f"qvq_serve.governor.{'v2:GovernorV2' if gpus else 'v1:GovernorV1'}"]
+        reasons["--logits-processors"] = "the governor, for the runner that vLLM has on " + ("GPUs" if gpus else "CPUs")
     argv += ["--api-server-count", "1"]  # with more, a drain and the count of requests would each be half of it
     argv.append("--disable-uvicorn-access-log")  # the door logs each request, with its id
     if profile.log_format == "json" or (profile.log_format == "auto" and not sys.stderr.isatty()):
         argv += ["--logging-config", json.dumps({"formatter": "json"})]
-    reasons = {name: reason for name, _, reason in derived}
     if profile.max_queued_requests is None and queued is not None:
         argv += ["--max-num-queued-reqs", str(queued)]
         reasons["--max-num-queued-reqs"] = "twice the typical requests that the memory plan has room for"
@@ -177,6 +185,15 @@ def refuse_owned(arguments: tuple[str, ...]) -> None:
             raise UsageError(f"{name} after -- is {reason}.")
     if arguments and not arguments[0].startswith("-"):
         raise UsageError(f"'{arguments[0]}' after --: vLLM's own flags are expected there; --model names the model.")
+
+
+def refuse_beside_governor(profile: Profile) -> None:
+    """Raises UsageError for vLLM's own flags that the governor cannot run beside."""
+    if profile.governor == "off":
+        return
+    for name in given_flags(profile.vllm):
+        if name in ("--speculative-config", "-sc", "--logits-processors"):
+            raise UsageError(f"{name} after -- cannot run beside --governor {profile.governor}; leave one of them out.")
 
 
 def bind_threads(workers: int, cpus: list[int]) -> str:

@@ -24,6 +24,13 @@ TOKENS = Counter("qvq_output_tokens_total", "Output tokens by part: reasoning or
 WASTED = Counter(
     "qvq_wasted_tokens_total", "Output tokens of choices that ended without an answer of their own", ["ended"]
 )
+SAVED = Counter("qvq_governor_saved_tokens_total", "Tokens up to max_tokens that concluded loops did not write")
+GOVERNOR = Counter(
+    "qvq_governor_total",
+    "What the governor found and did, observing what it would have done: found (a loop), loop, budget, sure (a turn "
+    "made to conclude), second_loop, limit (ended after it), look (told to look again)",
+    ["what"],
+)
 SWITCHES = Counter("qvq_language_switches_total", "Sentences whose main script differs from that of the one before")
 IMAGES = Counter("qvq_images_total", "Images: taken, resized to the request's bounds, or refused", ["outcome"])
 VISUAL_TOKENS = Counter("qvq_visual_tokens_total", "Visual tokens of the images taken")

@@ -60,6 +60,8 @@ class Api:
 
         state.qvq_chain = chain.launched()
         profile = launched_profile()
+        if profile.governor != "off":
+            await memory.prove_governor(engine_client)
         about.export(profile, visible_gpus()[: profile.tp * profile.pp])
         if profile.metrics_port:
             start_http_server(profile.metrics_port, profile.host)

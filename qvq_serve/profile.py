@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from qvq_serve.errors import UsageError, nearest
+from qvq_serve.governor.policy import read_policy
 
 TUTORIAL_SYSTEM_PROMPT = (
     "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
@@ -99,6 +100,12 @@ class Profile:
     )
     # 24: 0.5 ms of a step at 128 requests (benchmarks/results/repetition_*.json): vLLM checks in Python.
     loop_pattern: int = option(24, "an exact loop of up to so many tokens ends a request, after 6 rounds; 0: none does")
+    governor: str = option(
+        "off", "watches each chain of thought: off, observe (counts, and never acts) or on (README)", metavar="MODE"
+    )
+    governor_policy: str | None = option(
+        None, "what the governor may do: language,circling=3,loop=false,... (README)", metavar="SWITCHES"
+    )
     hook: str | None = option(None, "hooks of yours: package.module:Class, several with commas", metavar="HOOKS")
     without_hooks: str | None = option(None, "hooks to leave out (answer, language, guard, ...)", metavar="NAMES")
     hook_timeout: float = option(10.0, "seconds that a call of a hook may take", metavar="SECONDS")
@@ -158,9 +165,14 @@ class Profile:
         for name in ("image_timeout", "hook_timeout", "guard_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) <= 0:
                 raise UsageError(f"{flag(name)} {seconds}: it must be above 0 seconds.")
-        for name, words in (("guard_failure", ("open", "closed")), ("log_format", ("auto", "json", "text"))):
+        for name, words in (
+            ("guard_failure", ("open", "closed")),
+            ("log_format", ("auto", "json", "text")),
+            ("governor", ("off", "observe", "on")),
+        ):
             if (word := getattr(self, name)) not in words:
                 raise UsageError(f"{flag(name)} {word}: it is one of {', '.join(words)}.")
+        read_policy(self.governor_policy)
         for name in ("keep_alive", "drain_timeout"):
             if (seconds := getattr(self, name)) < 0:
                 raise UsageError(f"{flag(name)} {seconds}: it must be 0 or more seconds.")

@@ -1,12 +1,12 @@
-"""What vLLM's workers tell of their memory: a worker extension, called from the API process."""
+"""What vLLM's workers tell of their memory and governor: a worker extension, called from the API process."""
 
 from typing import Any
 
 
-class WorkerMemory:
+class WorkerFigures:
     """Mixed into vLLM's worker by --worker-extension-cls.
 
-    Its method never raises and never waits for the device: an error or a timeout would leave a reply unread, and the
+    Its methods never raise and never wait for the device: an error or a timeout would leave a reply unread, and the
     next step of the engine would read the wrong one (vllm/v1/executor/abstract.py).
     """
 
@@ -18,6 +18,15 @@ class WorkerMemory:
             if torch.cuda.is_available() and hasattr(self, "init_snapshot"):
                 return gpu_figures(self)
             return cpu_figures(self)
+        except Exception:
+            return {}
+
+    def qvq_governor(self) -> dict[str, int]:
+        """What this worker's governor counted; empty where it has none."""
+        try:
+            from qvq_serve.governor import adapter
+
+            return adapter.counted()
         except Exception:
             return {}
 

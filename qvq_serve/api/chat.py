@@ -55,6 +55,7 @@ class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
 
     min_visual_tokens: int | None = Field(None, ge=1, description="Each image is enlarged to at least so many tokens.")
     max_visual_tokens: int | None = Field(None, ge=1, description="Each image is reduced to at most so many tokens.")
+    governor: bool | dict[str, Any] | None = Field(None, description="What the governor may do, or false (README).")
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +132,8 @@ def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) ->
     """`ended` of a choice that vLLM finished."""
     if finish_reason in OURS:
         return OURS[finish_reason]
+    if parsed.act:
+        return parsed.act.ended
     budget = context.request.thinking_token_budget
     if parsed.marked and budget is not None and 0 <= budget <= parsed.reasoning_tokens:
         return "concluded"
@@ -145,9 +148,19 @@ async def completed(context: Context, chain: Chain, answer: Answer, parsed: Pars
         "reasoning_tokens": parsed.reasoning_tokens,
         "answer_tokens": parsed.tokens - parsed.reasoning_tokens,
     }
+    if parsed.act:
+        answer.qvq["governor"] = {"found": parsed.act.why, "period": parsed.act.period}
     await chain.after(context, answer)
     count(answer, parsed)
+    if parsed.act and parsed.act.why == "loop":
+        metrics.SAVED.inc(max(most_tokens(context) - parsed.tokens, 0))
     return answer
+
+
+def most_tokens(context: Context) -> int:
+    """What a loop would have written."""
+    request, most = context.request, launched_profile().max_output_tokens
+    return min(request.max_completion_tokens or request.max_tokens or most, most)
 
 
 def count(answer: Answer, parsed: Parsed) -> None:

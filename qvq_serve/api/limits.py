@@ -3,8 +3,7 @@
 from typing import Any
 
 from qvq_serve.errors import nearest
-from qvq_serve.hooks import Refuse
-from qvq_serve.hooks.images import content_parts
+from qvq_serve.hooks import Refuse, content_parts
 from qvq_serve.profile import Profile
 
 IGNORED = frozenset({
@@ -24,7 +23,6 @@ REFUSED = {
     "truncate_prompt_tokens": "it would cut images in two; make the prompt shorter",
     "mm_processor_kwargs": "min_visual_tokens and max_visual_tokens bound images",
     "media_io_kwargs": "min_visual_tokens and max_visual_tokens bound images",
-    "vllm_xargs": "no extension of this server reads it",
 }
 """Fields that are refused where they say anything, with the reason."""
 # vLLM 0.32's V2 runner holds so many, and dies of more: v1/worker/gpu/sample/logit_bias.py. One stop id is the model's.
@@ -50,6 +48,9 @@ def check(request: Any, profile: Profile) -> None:
     if grammar is not None and (size := len(grammar_text(grammar))) > MOST_GRAMMAR_CHARACTERS:
         raise Refuse(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
     request.priority, request.session_id = 0, None
+    if request.vllm_xargs:  # the governor's switches, by another name
+        request.governor = request.vllm_xargs | (request.governor if isinstance(request.governor, dict) else {})
+    request.vllm_xargs = None
     drop_uuids(request.messages)
 
 

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from qvq_serve import metrics
+from qvq_serve.errors import StartError
 from qvq_serve.gpu import GIB, Gpu, used_bytes, visible_gpus
 from qvq_serve.memory import card_of, plan, plan_host
 from qvq_serve.model import ModelGeometry
@@ -57,6 +58,20 @@ def export(measured: list[dict[str, int]], gpus: list[Gpu]) -> None:
         metrics.HEADROOM.labels(str(gpu.index)).set(gpu.memory_bytes - used)
 
 
+def export_governor(known: dict[str, int], told: list[dict[str, int]]) -> dict[str, int]:
+    """Count up to what the workers tell; all of a group tell the same, and those without a sampler nothing."""
+    now = next(filter(None, told), known)
+    for what, value in now.items():
+        metrics.GOVERNOR.labels(what).inc(max(value - known.get(what, 0), 0))
+    return now
+
+
+async def prove_governor(engine_client: Any) -> None:
+    """Raises StartError where no worker has the governor that was asked for."""
+    if not any(await engine_client.collective_rpc("qvq_governor")):
+        raise StartError("vLLM runs without the governor that --governor asks for; its log above says why.")
+
+
 async def watch(engine_client: Any, profile: Profile) -> None:
     """Compare at the start, then read again every 5 s until the engine ends.
 
@@ -65,9 +80,12 @@ async def watch(engine_client: Any, profile: Profile) -> None:
     gpus = visible_gpus()[: profile.tp * profile.pp]
     measured = await engine_client.collective_rpc("qvq_memory")
     report(planned_uses(profile, gpus), measured, gpus)
+    counted: dict[str, int] = {}
     while True:
         await asyncio.to_thread(export, measured, gpus)  # the driver is asked, and streams must not wait for it
         await asyncio.sleep(POLL_S)
         if engine_client.errored:
             return
+        if profile.governor != "off":
+            counted = export_governor(counted, await engine_client.collective_rpc("qvq_governor"))
         measured = await engine_client.collective_rpc("qvq_memory")

@@ -6,6 +6,7 @@ Order: ours (request, answer, language, guard), then those of `--hook` as given,
 """
 
 import time
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,6 +97,13 @@ class Stop(Exception):
     def __init__(self, **details: Any) -> None:
         super().__init__(details)
         self.details = details
+
+
+def content_parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
+    """The parts of all messages' contents, in order."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in (content if isinstance(content, list) else ()) if isinstance(part, dict))
 
 
 CONTEXT: ContextVar[Context | None] = ContextVar("qvq_context", default=None)

@@ -16,6 +16,7 @@ from qvq_serve.engine import launched_profile
 from qvq_serve.errors import UsageError
 from qvq_serve.hooks import Answer, Context, Hook, Part, Refuse, Stop
 from qvq_serve.hooks.answer import BoxedAnswer
+from qvq_serve.hooks.governing import Governing
 from qvq_serve.hooks.language import Languages
 from qvq_serve.hooks.request import RequestDefaults
 from qvq_serve.profile import Profile
@@ -81,7 +82,7 @@ def load(profile: Profile) -> list[Hook]:
     """The hooks of a profile, in their order. Raises UsageError for one that is not there or cannot be made."""
     from qvq_serve.hooks.safety import Guard
 
-    classes: list[Any] = [RequestDefaults, BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
+    classes: list[Any] = [RequestDefaults, Governing, BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
     classes += [imported(path) for path in names(profile.hook)]
     classes += [loaded(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
     without = names(profile.without_hooks)

@@ -5,7 +5,6 @@ import base64
 import binascii
 import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm.multimodal.media.image import ImageMediaIO
 
 from qvq_serve import metrics
 from qvq_serve.engine import launched_profile
-from qvq_serve.hooks import CONTEXT, Context, ImageInfo, Refuse
+from qvq_serve.hooks import CONTEXT, Context, ImageInfo, Refuse, content_parts
 from qvq_serve.hooks.chain import names
 from qvq_serve.hooks.fetch import FetchError, fetch
 from qvq_serve.visual import TOKEN_PX, resized, visual_tokens
@@ -61,13 +60,6 @@ def bound_images(context: Context) -> None:
     for image in wanted:
         image.total = len(wanted)
     context.state[WANTED] = wanted
-
-
-def content_parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
-    """The parts of all messages' contents, in order."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        yield from (part for part in (content if isinstance(content, list) else ()) if isinstance(part, dict))
 
 
 def image_parts(messages: list[Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from vllm.reasoning import ReasoningParser
 from qvq_serve.engine import PARSER
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
+from qvq_serve.hooks.governing import GOVERNED, Act, act
 from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
@@ -42,6 +43,8 @@ class Parsed:
     marked: bool
     reasoning_tokens: int
     tokens: int
+    act: Act | None = None
+    """What the governor did."""
 
 
 class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
@@ -59,8 +62,10 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         self.answering = False
         self.results: list[Parsed] = []
         self.clear()
+        self.orders = None
         if context := CONTEXT.get():
             context.state.setdefault(PARSERS, []).append(self)
+            self.orders = context.state.get(GOVERNED)
 
     def clear(self) -> None:
         """Ready for the text of another choice."""
@@ -175,4 +180,5 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             if left < 0:
                 break
             reasoning_tokens += 1
-        return Parsed(True, reasoning_tokens, len(ids))
+        did = act(self.orders, self.model_tokenizer, ids, reasoning_tokens) if self.orders else None
+        return Parsed(True, reasoning_tokens, len(ids), did)

@@ -11,6 +11,8 @@ SHARE_OF_REASONING = 0.75
 """Of a structured request's output, where it has no budget: the rest is for what the grammar describes."""
 
 
+DEFAULT_LOOPS = "default detection of loops"
+"""Where a request's context says that its detection of loops is the server's, not its own."""
 LOOP_LEAST, LOOP_COUNT = 8, 6
 """A loop: a pattern of at least so many tokens, so many times in a row; zeros of a matrix are none yet."""
 MOST_WHITESPACE = 24
@@ -33,6 +35,7 @@ class RequestDefaults(Hook):
         grammar = request.extract_structured_outputs()
         if grammar is None and request.repetition_detection is None and self.profile.loop_pattern:
             request.repetition_detection = loop_detection(self.profile.loop_pattern)
+            context.state[DEFAULT_LOOPS] = True
         if grammar is None or is_answering(request):
             return  # with a grammar the budget ends a loop, so that its answer comes
         request.structured_outputs, request.response_format = behind_reasoning(grammar), None

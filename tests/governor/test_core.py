@@ -5,15 +5,43 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvq_serve.governor.core import Conclusion, Governor
+from qvq_serve.governor.core import COUNTED, FORCE, Governor, Text
 from qvq_serve.governor.detect import EVERY, WINDOW
+from qvq_serve.governor.policy import ALL_SCRIPTS, Orders, script_bits
+from qvq_serve.governor.tokens import Vocabulary
 
 VOCABULARY = 400
 END = 399
 MARKER = (390, 391, 392, 391, 390)
 NATURAL = ((391, 392, 393), (388, 392))
+PHRASES = ((380, 381, 382, 383), (384, 385))
+NEWLINE, WAIT, HAN, IMAGE, HALF, REST = 386, 387, 379, 378, 377, 376
+TEXT = Text(MARKER, END, (), NATURAL, PHRASES)
+LOOP = Orders(governed=1, loop=1, limit=30)
 Model = Callable[[list[int]], int]
+
+
+def vocabulary() -> Vocabulary:
+    """Every token is a number, but for the few with names."""
+    table = {name: torch.zeros(VOCABULARY, dtype=kind) for name, kind in (
+        ("scripts", torch.int16), ("opens", torch.int8), ("closes", torch.int8), ("words", torch.bool),
+        ("ends_step", torch.bool), ("mentions", torch.bool))}  # fmt: skip
+    table["scripts"][HAN] = script_bits(["Han"]) & ~1
+    table["scripts"][HALF], table["opens"][HALF] = script_bits(["Han"]) & ~1, 2
+    table["opens"][REST], table["closes"][REST] = -1, 2
+    table["ends_step"][NEWLINE] = table["mentions"][IMAGE] = True
+    return Vocabulary(**table, circling=torch.tensor([WAIT]))
+
+
+def governing(slots: int, acts: bool = True, text: Text = TEXT) -> Governor:
+    return Governor(slots, torch.device("cpu"), text, vocabulary(), acts)
+
+
+def counted(governor: Governor) -> dict[str, int]:
+    """What was counted, without what was not."""
+    return {name: n for name, n in zip(COUNTED, governor.counts.tolist(), strict=True) if n}
 
 
 def looping(period: int, from_token: int = 40) -> Model:
@@ -31,14 +59,14 @@ def honest(history: list[int]) -> int:
 
 
 def drive(
-    models: list[Model], steps: int, *, acts: bool = True, limit: int = 30, budget: int | None = None,
-    order: Callable[[int], list[int]] | None = None, governed: Callable[[int], bool] = lambda _: True,
+    models: list[Model], steps: int, *, acts: bool = True, text: Text = TEXT,
+    order: Callable[[int], list[int]] | None = None, governed: Callable[[int], bool] = lambda _: True, **orders: int,
 ) -> tuple[list[list[int]], Governor]:  # fmt: skip
     """What each model writes, greedy, until it ends its turn; rows of a batch in any order."""
-    governor = Governor(len(models), torch.device("cpu"), Conclusion(MARKER, END, limit, NATURAL), acts)
+    governor = governing(len(models), acts, text)
     written: list[list[int]] = [[] for _ in models]
     for slot in range(len(models)):
-        governor.begin(slot, [], governed(slot), budget)
+        governor.begin([slot], [LOOP._replace(**orders) if governed(slot) else Orders()], [[]])
     for step in range(steps):
         slots = [s for s in (order(step) if order else range(len(models))) if END not in written[s]]
         if not slots:
@@ -49,11 +77,12 @@ def drive(
 
 def advance(governor: Governor, slots: list[int], written: list[list[int]], models: list[Model]) -> None:
     logits = torch.zeros(len(slots), VOCABULARY)
+    wanted = Orders(*governor.orders.amax(0).tolist())
     for row, slot in enumerate(slots):
         logits[row, models[slot](written[slot])] = 8.0
     last = torch.tensor([written[slot][-1] if written[slot] else 0 for slot in slots])
     seen = torch.tensor([len(written[slot]) for slot in slots])
-    governor.apply(logits, torch.tensor(slots), last, seen)
+    governor.apply(logits, torch.tensor(slots), last, seen, wanted)
     for slot, token in zip(slots, logits.argmax(1).tolist(), strict=True):
         written[slot].append(token)
 
@@ -69,7 +98,7 @@ def test_a_loop_is_made_to_conclude_and_a_second_one_ends_the_turn(period: int) 
     (at,) = conclusions(tokens)
     assert 40 + period < at <= 40 + 3 * max(period, 48) + 2 * EVERY
     assert tokens[-1] == END and len(tokens) - at < 3 * max(period, 48) + 3 * EVERY + len(MARKER)
-    assert governor.counts.tolist() == [2, 1, 1, 0]
+    assert counted(governor) == {"found": 2, "loop": 1, "second_loop": 1}
 
 
 def test_after_a_conclusion_the_limit_holds() -> None:
@@ -84,25 +113,25 @@ def test_after_a_conclusion_the_limit_holds() -> None:
 def test_a_budget_concludes_too() -> None:
     (tokens,), governor = drive([honest], 400, budget=100, limit=50)
     assert conclusions(tokens) == [100] and len(tokens) == 100 + len(MARKER) + 50 + 1
-    assert governor.counts.tolist() == [0, 1, 1, 1]
+    assert counted(governor) == {"budget": 1, "limit": 1}
 
 
 def test_observing_counts_and_changes_nothing() -> None:
     (tokens,), governor = drive([looping(16)], 400, acts=False)
     assert tokens == [looping(16)(tokens[:at]) for at in range(400)]
-    assert governor.counts.tolist()[0] == 1 and governor.counts.tolist()[1:] == [0, 0, 0]
+    assert counted(governor) == {"found": 1, "loop": 1}
 
 
 def test_who_does_nothing_wrong_is_left_alone_to_the_bit() -> None:
-    governor = Governor(3, torch.device("cpu"), Conclusion(MARKER, END, 30), True)
-    for slot in range(3):
-        governor.begin(slot, [], True, None)
+    governor = governing(3)
+    everything = Orders(1, 1, 10_000, 30, ALL_SCRIPTS, 1, 5.0, 3.0, 700, 2, 10_000, 0, 0.9999)
+    governor.begin([0, 1, 2], [everything] * 3, [[]] * 3)
     for step in range(1, 600):
         logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(step))
         logits[0, 5] = float("-inf")  # what a grammar masks
         before = logits.clone()
         tokens = torch.tensor([random.Random(f"{step} {row}").randrange(380) for row in range(3)])
-        governor.apply(logits, torch.tensor([2, 0, 1]), tokens, torch.full((3,), step))
+        governor.apply(logits, torch.tensor([2, 0, 1]), tokens, torch.full((3,), step), everything)
         assert torch.equal(logits, before)
 
 
@@ -116,7 +145,7 @@ def test_requests_do_not_touch_each_other() -> None:
 
 def test_who_is_not_governed_loops_on() -> None:
     written, governor = drive([looping(16), looping(16)], 400, governed=lambda slot: slot == 1)
-    assert not conclusions(written[0]) and conclusions(written[1]) and governor.counts.tolist()[0] >= 1
+    assert not conclusions(written[0]) and conclusions(written[1]) and counted(governor)["loop"] == 1
 
 
 @pytest.mark.parametrize("where", ["before", "in the marker", "after"])
@@ -124,9 +153,9 @@ def test_a_preempted_request_goes_on_where_it_was(where: str) -> None:
     (whole,), _ = drive([looping(16)], 600, limit=200)
     (at,) = conclusions(whole)
     cut = {"before": at - 10, "in the marker": at + 3, "after": at + 20}[where]
-    governor = Governor(1, torch.device("cpu"), Conclusion(MARKER, END, 200), True)
+    governor = governing(1)
     written = [whole[:cut]]
-    governor.begin(0, written[0], True, None)
+    governor.begin([0], [LOOP._replace(limit=200)], [written[0]])
     while END not in written[0] and len(written[0]) < 1000:
         advance(governor, [0], written, [looping(16)])
     assert len(conclusions(written[0])) == 1 and written[0][-1] == END
@@ -134,7 +163,7 @@ def test_a_preempted_request_goes_on_where_it_was(where: str) -> None:
 
 def test_a_slot_forgets_who_was_in_it() -> None:
     (_,), governor = drive([looping(16)], 90)
-    governor.begin(0, [], True, None)
+    governor.begin([0], [LOOP], [[]])
     written: list[list[int]] = [[]]
     for _ in range(300):
         advance(governor, [0], written, [honest])
@@ -154,7 +183,7 @@ def test_who_concludes_by_itself_is_not_made_to_and_has_no_limit(marker: tuple[i
         return marker[at] if 0 <= at < len(marker) else honest(history)
 
     (tokens,), governor = drive([concludes], 700, limit=30, budget=200)
-    assert len(tokens) == 700 and not conclusions(tokens) and governor.counts.tolist() == [0, 0, 0, 0]
+    assert len(tokens) == 700 and not conclusions(tokens) and not counted(governor)
 
 
 def test_a_loop_after_its_own_conclusion_ends_the_turn() -> None:
@@ -163,15 +192,14 @@ def test_a_loop_after_its_own_conclusion_ends_the_turn() -> None:
         return NATURAL[0][at] if 0 <= at < 3 else looping(16, from_token=80)(history)
 
     (tokens,), governor = drive([loops_in_its_answer], 700)
-    assert not conclusions(tokens) and tokens[-1] == END and governor.counts.tolist() == [1, 0, 1, 0]
+    assert not conclusions(tokens) and tokens[-1] == END and counted(governor) == {"found": 1, "second_loop": 1}
 
 
 def test_slots_that_change_places_take_their_state_along() -> None:
     models = [looping(16), honest]
-    governor = Governor(2, torch.device("cpu"), Conclusion(MARKER, END, 30), True)
+    governor = governing(2)
     written: list[list[int]] = [[], []]
-    for slot in range(2):
-        governor.begin(slot, [], True, None)
+    governor.begin([0, 1], [LOOP, LOOP], [[], []])
     for _ in range(100):
         advance(governor, [0, 1], written, models)
     governor.move(0, 1)
@@ -179,3 +207,110 @@ def test_slots_that_change_places_take_their_state_along() -> None:
     for _ in range(300):
         advance(governor, [slot for slot in (0, 1) if END not in written[slot]], written, models)
     assert len(conclusions(written[1])) == 1 and not conclusions(written[0])
+
+
+def steered(history: list[int], logits: dict[int, float], text: Text = TEXT, **orders: float) -> dict[int, float]:
+    """The logits that a step leaves of those given, for a request that wrote this history."""
+    governor = governing(1, text=text)
+    asked = Orders(governed=1, limit=30)._replace(**orders)
+    governor.begin([0], [asked], [[]])
+    row = torch.zeros(1, VOCABULARY)
+    for at, token in enumerate(history, 1):
+        row = torch.zeros(1, VOCABULARY)
+        for place, value in logits.items():
+            row[0, place] = value
+        governor.apply(row, torch.tensor([0]), torch.tensor([token]), torch.tensor([at]), asked)
+    return {place: row[0, place].item() for place in logits}
+
+
+def test_an_answer_keeps_to_its_scripts_and_the_reasoning_is_free() -> None:
+    given = {HAN: 5.0, HALF: 4.0, 7: 1.0}
+    held = {HAN: float("-inf"), HALF: float("-inf"), 7: 1.0}
+    only_latin = {"hold": 1, "scripts": script_bits([])}
+    assert steered([1, 2, 3], given, **only_latin) == given
+    assert steered([1, *NATURAL[0]], given, **only_latin) == held
+    assert steered([1, *NATURAL[0]], given, hold=1, scripts=script_bits(["Han"])) == given
+    assert steered([1, *NATURAL[0]], given, hold=0, scripts=script_bits([])) == given
+
+
+def test_a_character_that_was_begun_is_finished_before_anything_is_masked_or_forced() -> None:
+    assert steered([1, *NATURAL[0], HALF], {HAN: 5.0, REST: 4.0}, hold=1, scripts=1) == {HAN: 5.0, REST: 4.0}
+    assert steered([1, *NATURAL[0], HALF, REST], {HAN: 5.0}, hold=1, scripts=1) == {HAN: float("-inf")}
+    assert steered([1, 2, HALF], {MARKER[0]: 0.0}, budget=2)[MARKER[0]] == 0.0
+    assert steered([1, 2, HALF, REST], {MARKER[0]: 0.0}, budget=3)[MARKER[0]] == FORCE
+
+
+def test_the_bias_of_the_reasoning_is_soft_and_ends_with_it() -> None:
+    assert steered([1, 2], {HAN: 5.0, 7: 1.0}, bias=2.0, scripts=1) == {HAN: 3.0, 7: 1.0}
+    assert steered([1, *NATURAL[0]], {HAN: 5.0}, bias=2.0, scripts=1) == {HAN: 5.0}
+
+
+def test_words_that_circle_are_made_less_likely_after_a_while_in_the_reasoning() -> None:
+    asked = {"circling": 3.0, "circling_after": 4}
+    assert steered([1, 2, 3], {WAIT: 5.0, 7: 5.0}, **asked) == {WAIT: 5.0, 7: 5.0}
+    assert steered([1, 2, 3, 4], {WAIT: 5.0, 7: 5.0}, **asked) == {WAIT: 2.0, 7: 5.0}
+    assert steered([1, 2, *NATURAL[0]], {WAIT: 5.0}, **asked) == {WAIT: 5.0}
+
+
+def test_what_is_ruled_out_is_not_forced() -> None:
+    ruled_out = float("-inf")
+    assert steered([1, 2, 3], {MARKER[0]: ruled_out}, budget=2) == {MARKER[0]: ruled_out}
+    assert steered([1, *MARKER, *range(30)], {END: ruled_out}, budget=1) == {END: ruled_out}
+    assert steered([1, *MARKER, *range(30)], {END: 0.0}, budget=1) == {END: FORCE}
+
+
+def unsure(history: list[int]) -> int:
+    """Nothing in particular: all of the vocabulary is as likely; a line ends now and then."""
+    return NEWLINE if len(history) % 20 == 19 else 10 + len(history) % 301
+
+
+@pytest.mark.parametrize(("chinese", "phrase"), list(enumerate(PHRASES)))
+def test_a_model_that_is_unsure_long_after_it_looked_is_told_to_look_again(chinese: int, phrase: list[int]) -> None:
+    asked = {"looks": 2, "look_after": 50, "look_entropy": 1, "loop": 0, "chinese": chinese}
+    (tokens,), governor = drive([unsure], 400, **asked)
+    at = [i for i in range(len(tokens)) if tuple(tokens[i : i + len(phrase)]) == phrase]
+    assert len(at) == 2 and at[0] >= 50 and at[1] - at[0] >= 50 and tokens[at[0] - 1] == NEWLINE
+    assert counted(governor) == {"look": 2}
+    (tokens,), _ = drive([unsure], 400, **asked | {"look_entropy": 100})
+    assert phrase[0] not in tokens
+
+    def mentions(history: list[int]) -> int:
+        return IMAGE if len(history) % 20 == 3 else unsure(history)
+
+    (tokens,), _ = drive([mentions], 400, **asked)
+    assert phrase[0] not in tokens
+
+
+def test_a_model_that_is_sure_at_the_end_of_a_step_concludes() -> None:
+    likely, unlikely = {NATURAL[0][0]: 6.0, MARKER[0]: 0.0}, {NATURAL[0][0]: 3.0, MARKER[0]: 0.0}  # 0.5, 0.05
+    assert steered([1, NEWLINE], likely, sure=0.4)[MARKER[0]] == FORCE
+    assert steered([1, 2], likely, sure=0.4)[MARKER[0]] == 0.0
+    assert steered([1, NEWLINE], unlikely, sure=0.4)[MARKER[0]] == 0.0
+
+
+def test_line_ends_before_a_conclusion_are_left_out_where_there_is_one() -> None:
+    text = Text(MARKER, END, (NEWLINE,), NATURAL)
+    assert steered([1, 2], {NEWLINE: 0.0, MARKER[0]: 0.0}, text, budget=2) == {NEWLINE: FORCE, MARKER[0]: 0.0}
+    assert steered([1, NEWLINE], {NEWLINE: 0.0, MARKER[0]: 0.0}, text, budget=2) == {NEWLINE: 0.0, MARKER[0]: FORCE}
+
+
+def test_a_step_that_is_run_again_does_nothing_twice() -> None:
+    """A preempted request's prefill in chunks has rows whose samples are thrown away."""
+    (whole,), _ = drive([looping(16)], 600)
+    (at,) = conclusions(whole)
+    governor, written = governing(1), [whole[: at + 3]]
+    governor.begin([0], [LOOP], [written[0]])
+    for _ in range(3):
+        again = [list(written[0])]
+        advance(governor, [0], again, [looping(16)])
+    assert again[0][-1] == MARKER[3]
+
+
+def test_a_step_never_waits_for_the_device_nor_depends_on_data_for_a_shape() -> None:
+    """Fake tensors have no data: .item(), .cpu(), nonzero or a mask as an index raise on them."""
+    everything = Orders(1, 1, 10_000, 30, 1, 1, 5.0, 3.0, 1, 2, 1, 1, 0.5, 0)
+    with FakeTensorMode():
+        governor = governing(5)
+        logits = torch.zeros(3, VOCABULARY)
+        for _ in range(EVERY):
+            governor.apply(logits, torch.arange(3), torch.zeros(3, dtype=torch.int32), torch.ones(3), everything)

@@ -1,0 +1,124 @@
+"""What a request asks of the governor, written for the sampler; and what it did, read back from the tokens.
+
+The sampler tells nothing but the tokens. A conclusion that it forced is tokenised as the tokenizer never would, and
+what it had found is found again here, on the same tokens.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from qvq_serve.governor.policy import SCRIPTS, UNLIMITED, XARG, Orders, orders, read_policy, script_bits, within
+from qvq_serve.hooks import Context, Hook, Refuse, content_parts
+from qvq_serve.hooks.language import scripts
+from qvq_serve.hooks.request import DEFAULT_LOOPS
+from qvq_serve.profile import Profile
+
+GOVERNED = "governor's orders"
+"""Where a request's context keeps its orders."""
+LEAST_BUDGET = 8
+"""Tokens of the conclusion, and of what stands before it."""
+KEPT_FOR_ANSWER = 4
+"""Where there is no budget, reasoning ends when a quarter of max_tokens is left, or `answer_tokens` if that is less."""
+
+
+class Governing(Hook):
+    """Turns `governor`, `thinking_token_budget` and the server's policy into orders for the sampler."""
+
+    name = "governor"
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile, self.policy = profile, read_policy(profile.governor_policy)
+
+    async def before(self, context: Context) -> None:
+        request, given = context.request, context.request.governor
+        if self.profile.governor == "off":
+            if given:
+                raise Refuse("governor is given, and this server runs without one (--governor)")
+            return
+        if given is False or request.structured_outputs is not None or request.allowed_token_ids:
+            return  # a grammar leaves no room for a conclusion; a budget of vLLM's own ends its reasoning
+        if request.ignore_eos and self.profile.governor == "on":
+            return  # it is to go on, whatever it writes
+        asked = dict(given) if isinstance(given, dict) else {}
+        try:
+            named = asked.pop("scripts", None)
+            if named is not None and not isinstance(named, list):
+                raise ValueError(f'scripts is {named!r}; it must be a list, for example ["Latin", "Han"]')
+            policy = within(self.policy, asked)
+            bits = script_bits(question_scripts(request) if named is None else named)
+        except ValueError as error:
+            raise Refuse(f"governor: {error}") from None
+        budget = request.thinking_token_budget
+        if budget is None or budget < 0:
+            output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
+            output = min(output, self.profile.max_output_tokens)
+            budget = output - min(policy.answer_tokens, output // KEPT_FOR_ANSWER)
+        elif policy.budget and budget < LEAST_BUDGET:
+            raise Refuse(f"thinking_token_budget is {budget}; the conclusion itself takes {LEAST_BUDGET}, the least")
+        made = orders(policy, budget if policy.budget else None, bits)
+        request.vllm_xargs = {XARG: [float(number) for number in made]}
+        if self.profile.governor != "on":
+            return
+        context.state[GOVERNED] = made
+        if policy.budget:
+            request.thinking_token_budget = None
+        if policy.loop and context.state.get(DEFAULT_LOOPS):
+            request.repetition_detection = None  # it would end the turn before it can conclude
+
+
+def question_scripts(request: Any) -> list[str]:
+    """The scripts of what the user wrote, as the policy knows them."""
+    texts = [message["content"] for message in request.messages
+             if message.get("role") == "user" and isinstance(message.get("content"), str)]  # fmt: skip
+    texts += [part.get("text") or "" for part in content_parts(request.messages)]
+    return [name for name in scripts(" ".join(texts)) if name in SCRIPTS]
+
+
+@dataclass
+class Act:
+    """What the governor did to a choice."""
+
+    ended: str
+    why: str
+    """loop, budget or sure."""
+    period: int
+    """Of the loop, in tokens; 0 where it has none, or where there was no loop."""
+
+
+@lru_cache(maxsize=1)
+def writing(tokenizer: Any) -> tuple[tuple[int, ...], Any]:
+    """(a forced conclusion's tokens, which tokens are words)."""
+    from qvq_serve.governor.tokens import conclusion_tokens, read_vocabulary
+
+    return conclusion_tokens(tokenizer)[1], read_vocabulary(tokenizer, len(tokenizer)).words
+
+
+def act(given: Orders, tokenizer: Any, ids: list[int], answer: int) -> Act | None:
+    """What a choice's tokens tell of the governor, its answer beginning at one of them; None where it let it be."""
+    from qvq_serve.governor.core import first_end
+
+    conclusion, words = writing(tokenizer)
+    at = first_end(ids, [conclusion])
+    if at:
+        period, found = loop_at_end(ids[: at - len(conclusion)], words)
+        at_budget = given.budget != UNLIMITED and at - len(conclusion) >= given.budget
+        why = "loop" if found or not (at_budget or given.sure) else "budget" if at_budget else "sure"
+        rest = [token for token in ids[at:] if token not in tokenizer.all_special_ids]
+        ended = "looped" if loop_at_end(rest, words)[1] else "length" if len(rest) >= given.limit else "concluded"
+        return Act(ended, why, period)
+    period, found = loop_at_end(ids[answer:], words)
+    return Act("looped", "loop", period) if found else None
+
+
+def loop_at_end(ids: list[int], words: Any) -> tuple[int, bool]:
+    """(period, whether there is a loop) at the end of some tokens."""
+    import torch
+
+    from qvq_serve.governor.detect import WINDOW, repetition
+
+    window = torch.full((1, WINDOW), -1, dtype=torch.int32)
+    if tail := ids[-WINDOW:]:
+        window[0, -len(tail) :] = torch.tensor(tail, dtype=torch.int32)
+    found = repetition(window, words)
+    return int(found.period), bool(found.looping)

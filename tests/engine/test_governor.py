@@ -1,0 +1,92 @@
+"""The governor in the real vLLM on the CPU (V1 runner): each case on one server; off, observed and on, side by side."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from qvq_serve.api.memory import prove_governor
+from qvq_serve.errors import StartError
+from tests.engine.conftest import KEY, Server, serving
+from tests.governor.served import FLAGS, LOOP, asking, cases, raw
+
+BYTE_E5 = 164
+"""The demo's token of the byte E5, which begins Han characters."""
+
+
+@pytest.fixture(scope="module")
+def governed(cache: Path) -> Iterator[Server]:
+    """A server with a cache so small that requests are preempted, and prompts that are filled in chunks."""
+    engine = ["--", "--kv-cache-memory-bytes", "18000000", "--max-num-batched-tokens", "512"]
+    with serving(cache, "--demo", *FLAGS, *engine) as running:
+        yield running
+
+
+def test_all_cases_hold(governed: Server) -> None:
+    seen = list(cases(asking(governed.url, KEY), governed.url, KEY, BYTE_E5))
+    assert [(case, told) for case, held, told in seen if not held] == [] and len(seen) == 13
+
+
+def test_what_it_did_is_counted(governed: Server) -> None:
+    asking(governed.url, KEY)(**LOOP)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        lines = httpx.get(f"{governed.url}/metrics", headers=governed.headers).text.splitlines()
+        told = {line.split('"')[1]: float(line.split()[-1]) for line in lines if line.startswith("qvq_governor_total{")}
+        if told.get("second_loop"):
+            break
+        time.sleep(0.5)
+    assert told["found"] >= 2 and told["loop"] >= 1 and told["second_loop"] >= 1
+    saved = next(float(line.split()[-1]) for line in lines if line.startswith("qvq_governor_saved_tokens_total"))
+    assert saved >= 200
+
+
+@pytest.mark.parametrize("body", [
+    {"governor": {"lop": True}}, {"governor": {"circling": 9}}, {"governor": {"scripts": ["Klingon"]}},
+    {"governor": {"answer_tokens": 0}}, {"governor": {"look": "x"}}, {"governor": {"sure": 0.5}}, {"governor": [1]},
+    {"thinking_token_budget": 3}, {"vllm_xargs": {"qvq_orders": [1]}}, {"governor": {"loop": 7}},
+    {"governor": {"answer_tokens": "1e400"}}, {"governor": {"circling": "nan"}},
+    {"governor": {"circling": -1}}, {"governor": {"look_after": 5}},
+])  # fmt: skip
+def test_a_policy_that_cannot_be_is_refused_with_its_name(governed: Server, body: dict[str, Any]) -> None:
+    refused = asking(governed.url, KEY)(**body)
+    named = next(iter(body)) if not isinstance(body.get("governor"), dict) else next(iter(body["governor"]))
+    message = refused["error"]["message"]
+    assert refused["error"]["code"] == 400 and (named in message or "qvq_orders" in message), message
+
+
+def test_xargs_are_another_name_for_the_field(governed: Server) -> None:
+    seen = asking(governed.url, KEY)(**LOOP, vllm_xargs={"answer_tokens": 20})["qvq"]
+    assert seen["ended"] == "length" and seen["governor"]["found"] == "loop"
+
+
+def test_off_observed_and_on_are_the_same_to_the_bit_for_who_triggers_nothing(
+    server: Server, governed: Server, cache: Path
+) -> None:
+    body = {"max_tokens": 80, "logprobs": True, "top_logprobs": 3}
+    off = asking(server.url, KEY)(**body)
+    assert raw(asking(governed.url, KEY)(**body, governor={"budget": False})) == raw(off)
+    loop = LOOP | {"max_tokens": 200, "repetition_detection": {"max_pattern_size": 0}}
+    with serving(cache, "--demo", "--governor", "observe") as observing:
+        ask = asking(observing.url, KEY)
+        assert raw(ask(**body)) == raw(off)
+        seen = ask(**loop)
+        assert seen["choices"][0]["message"]["reasoning"] == "c" * 200 and "governor" not in seen["qvq"]
+
+
+def test_a_server_without_it_says_so(server: Server) -> None:
+    refused = asking(server.url, KEY)(governor={"loop": True})
+    assert refused["error"]["code"] == 400 and "--governor" in refused["error"]["message"]
+
+
+def test_a_start_without_the_processor_fails() -> None:
+    class Engine:
+        async def collective_rpc(self, name: str) -> list[dict[str, int]]:
+            return [{}, {}] if name == "qvq_governor" else []
+
+    with pytest.raises(StartError, match="without the governor"):
+        asyncio.run(prove_governor(Engine()))
