@@ -178,7 +178,10 @@ async def ask(send: Send, body: dict[str, Any], row: Row) -> None:
 def read(row: Row, event: dict[str, Any], clock: Callable[[], float]) -> None:
     """One event of the stream."""
     if "error" in event:
-        row.outcome, row.message = "error", str((event["error"] or {}).get("message", event["error"]))[:200]
+        said = event["error"] if isinstance(event["error"], dict) else {}
+        # vLLM's own check of the queue can come after the status was sent.
+        row.outcome = "refused" if said.get("code") in REFUSED and not row.chunks else "error"
+        row.message = str(said.get("message", event["error"]))[:200]
         return
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}

@@ -13,10 +13,12 @@ import matplotlib
 from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from qvq_bench.client import UNFINISHED
 from qvq_bench.result import unpack
 from qvq_bench.runs import load_unit, median_step, number, sentence
+from qvq_bench.summary import unsettled
 from qvq_bench.sweep import Objective
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB
@@ -101,7 +103,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         ("each token, p95", number(latency["time_per_output_token"]["p95"], ".1f", 1e3) + " ms", "of one stream"),
         ("ok", number(here["ok_share"], ".1%"), "finish reason and usage arrived"),
         ("KV tokens never used", number(headroom["kv_tokens"], ",.0f"), f"peak use {usage}"),
-        ("memory never used", number(free, ".1f", 1 / GIB) + " GiB", "of the fullest card, or of the host without one"),
+        ("memory never used", number(free, ".2f", 1 / GIB) + " GiB", "of the fullest card, or of the host without one"),
         ("more such requests", number(headroom["requests"], ",.0f"), "would have fitted into the KV cache"),
         ("share of the ceiling", ceiling, "bandwidth / arithmetic"),
     ]  # fmt: skip
@@ -119,6 +121,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "uses": memory_by_use(here["memory"]["by_use"]),
         "facts": facts(found),
         "invalid": [f"load {s['load']:g}: {s['client']['why']}" for s in found["steps"] if not s["client"]["valid"]],
+        "notes": [note for note in (unsettled(here, found["plan"]["warmup"], kind), found.get("note")) if note],
     }
 
 
@@ -164,7 +167,6 @@ def facts(found: dict[str, Any]) -> dict[str, str]:
         "commit": found.get("commit"),
         "client": f"{found['client']['cpu']}, {found['client']['cores']} cores",
         "caches": found["caches"],
-        **({"note": found["note"]} if "note" in found else {}),
     }
     return {name: text or "-" for name, text in known.items()}
 
@@ -353,7 +355,11 @@ def plots_over_time(found: dict[str, Any], step: dict[str, Any]) -> Iterator[dic
         what = "each card" if any("cards" in s for s in samples) or free != {"cpu"} else "the host"
         with plot(f"Memory that nothing uses, of {what}", "seconds", "GiB") as (axes, made):
             for name, colour in zip(sorted(free), COLOURS * len(free), strict=False):
-                axes.plot(*known(zip(at, (left(s, name) for s in samples), strict=True)), color=colour, label=name)
+                axes.plot(
+                    *known(zip(at, (left(s, name) for s in samples), strict=True)),
+                    color=colour,
+                    label=f"card {name}" if name.isdigit() else name,
+                )
             axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         yield made
     for title, name, unit, factor in (
@@ -385,4 +391,6 @@ def spread(axes: Axes, bins: dict[str, int], factor: float) -> None:
         ys.append(seen / total)
     axes.plot(xs, ys, color=COLOURS[3])
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     axes.set_ylim(0, 1)

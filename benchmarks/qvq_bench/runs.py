@@ -10,6 +10,7 @@ from typing import Any
 from qvq_bench import EXIT_INTERRUPTED, EXIT_NOT_OK, ceiling, result
 from qvq_bench.bench import Bench, Plan, Target
 from qvq_bench.load import Measured
+from qvq_bench.summary import unsettled
 from qvq_bench.sweep import Capacity, Level, Objective, Verdict, bound_by, find_capacity, so_far
 from qvq_bench.workload import Workload
 from qvq_serve.errors import UsageError
@@ -114,6 +115,8 @@ async def run_once(
     say(line(summary))
     for message, count in summary["errors"].items():
         say(f"  {count} x {message}")
+    if note := unsettled(summary, plan.warmup, workload.arrivals["kind"]):
+        say(f"qvq-bench: {note}")
     print(json.dumps(brief(summary)))
     if not summary["client"]["valid"]:
         say(f"qvq-bench: this result is NOT VALID: {summary['client']['why']}")
@@ -150,6 +153,9 @@ async def sweep_server(
     found["capacity"] = described(capacity, found["steps"], settings.objective)
     result.write(out, found)
     say(sentence(found["capacity"], workload.arrivals["kind"]))
+    here = median_step(found["steps"], capacity.load) if capacity.load is not None else None
+    if here and (note := unsettled(here, plan.warmup, workload.arrivals["kind"])):
+        say(f"qvq-bench: {note}")
     print(json.dumps(found["capacity"]))
     if capacity.why == "interrupted":
         return EXIT_INTERRUPTED

@@ -67,6 +67,17 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
     }
 
 
+def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
+    """What is wrong with a window that begins before the first answers have ended; None where nothing is."""
+    answer = step["latency"]["end_to_end"]["p50"]
+    if kind != "closed" or not warmup or answer is None or answer <= warmup:
+        return None
+    return (
+        f"an answer takes {answer:.0f} s at the median and the warm-up {warmup:g} s: the users are still in step, and a "
+        "longer run would give another tokens/s; choose a --warmup of one answer's time"
+    )
+
+
 def rate(amount: float, seconds: float) -> float | None:
     return amount / seconds if seconds > 0 else None
 

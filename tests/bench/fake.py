@@ -68,6 +68,8 @@ def events(plan: Plan, body: dict[str, Any]) -> list[tuple[float, bytes]]:
         made.append((last, chunk({}, total, plan.ending, **(qvq if plan.qvq else {}))))
     if plan.ending == "error":
         made.append((last, event({"error": {"message": "EngineCore encountered an issue", "code": 500}})))
+    if plan.ending == "late":  # a status of 200, and then no room
+        made[1:] = [(plan.accept, event({"error": {"message": "no room", "code": 503}}))]
     if plan.ending in ("stop", "length", "repetition", "silent"):
         made.append((last, event({"choices": [], "usage": usage(total)})))
         made.append((last, event(b"[DONE]")))

@@ -51,6 +51,7 @@ def test_the_qvq_object_is_kept() -> None:
         ("ending=error", "error", "EngineCore encountered an issue"),
         ("ending=refuse", "refused", "no room"),
         ("ending=busy", "refused", "no room"),
+        ("ending=late", "refused", "no room"),
         ("ending=bad", "error", "no room"),
         ("ending=unreachable", "error", "nobody listens"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from qvq_bench.arrivals import due_times
 from qvq_bench.load import Load, Measured, run_load
-from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise
+from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise, unsettled
 
 from tests.bench.fake import Plan
 from tests.bench.virtual import Simulated, empty_request, run, sender
@@ -63,6 +63,13 @@ def test_the_warm_up_is_not_measured() -> None:
     assert summary["window_s"] == near(2.0)
     assert summary["throughput"]["output_tokens_per_second"] == near(6.0)
     assert summary["outcomes"]["ok"] == 3  # two sent in the window, and the one that ended as it began
+
+
+def test_a_window_that_begins_before_the_first_answers_end_is_said_to_be_unsettled() -> None:
+    plan = "first=0.5,gap=0.5,chunks=6"  # an answer takes 3 s
+    short = summarise(measured(Load(2, seconds=9.0, warmup=2.0), plan), 2, judged=True)
+    assert "an answer takes 3 s at the median and the warm-up 2 s" in (unsettled(short, 2.0, "closed") or "")
+    assert unsettled(short, 4.0, "closed") is None and unsettled(short, 2.0, "poisson") is None
 
 
 def test_arrivals_are_what_they_say() -> None:
