@@ -73,8 +73,8 @@ def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
     if kind != "closed" or not warmup or answer is None or answer <= warmup:
         return None
     return (
-        f"an answer takes {answer:.0f} s at the median and the warm-up {warmup:g} s: the users are still in step, and a "
-        "longer run would give another tokens/s; choose a --warmup of one answer's time"
+        f"an answer takes {answer:.0f} s at the median and the warm-up {warmup:g} s: the users are still in step, and "
+        "a longer run would give another tokens/s; choose a --warmup of one answer's time"
     )
 
 

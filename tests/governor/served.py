@@ -87,6 +87,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     yield "not where the request says no", let_be["ended"] == "length" and "governor" not in let_be, let_be
 
     plain = {"max_tokens": 60, "logprobs": True, "top_logprobs": 3}
+    ask(**plain)  # the prompt's prefix comes from the cache for both
     with_it, without = ask(**plain, governor={"budget": False}), ask(**plain, governor=False)
     yield "who triggers nothing is left alone to the bit", raw(with_it) == raw(without), raw(with_it)[0]
 
@@ -106,7 +107,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     yield "or to those that are asked for", bool(re.search("[\u4e00-\u9fff\ufffd]", free)), made["qvq"]
 
     before = preemptions(url, key)
-    bodies = [{"text": f"{at}: how much?", "seed": at, "max_tokens": 900} for at in range(24)]
+    bodies = [{"text": f"{at}: how much?", "seed": at, "max_tokens": 900} for at in range(40)]
     bodies = [body | (LOOP if at % 3 == 0 else {"governor": {"budget": False}}) for at, body in enumerate(bodies)]
     with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
         together = list(pool.map(lambda body: ask(**body), bodies))
@@ -116,7 +117,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
                 for made in together[::3])  # fmt: skip
     others = all(len(text) > 0 for text in texts)
     yield (
-        f"24 at once, some of them preempted ({happened:.0f} times)",
+        f"40 at once, some of them preempted ({happened:.0f} times)",
         loops and others and happened > 0,
         [made["qvq"] for made in together[::3]],
     )
