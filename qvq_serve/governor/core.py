@@ -2,13 +2,16 @@
 
 Nothing here waits for the device, has a shape that depends on data, or loops over requests; all state is a function of
 the request's tokens and of the step's number, so that the ranks of a tensor-parallel group agree, and a step that is
-run again (a prefill in chunks, after a preemption) does nothing twice.
+run again (a prefill in chunks, after a preemption) does nothing twice. What is decided is decided for all slots at
+once, in tensors that stay where they are: on a GPU by CUDA graphs, since the host took 3 ms to launch the hundreds of
+small kernels one by one (H100, 2026-11-24).
 
 Shapes: S slots, R rows of a batch, V vocabulary, W window.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ LOOKS = 4
 """Looks among EVERY steps, each at every LOOKS-th slot: kernels cost by their number more than by their rows."""
 SAMPLED = 8
 """Of so many rows one has its entropy taken in a step."""
+SCRIPTS_COLUMN = Orders._fields.index("scripts")
 ROWS = 32
 """Rows that are masked at once: (ROWS, V) is the largest tensor made here."""
 COUNTED = ("found", "loop", "budget", "sure", "second_loop", "limit", "look")
@@ -85,7 +89,34 @@ class Governor:
         self.firsts = torch.tensor(sorted({marker[0] for marker in text.natural}), dtype=torch.int64, device=device)
         self.vocabulary = Vocabulary(*(table.to(device) for table in vars(vocabulary).values()))
         self.order = torch.arange(WINDOW, device=device)
+        self.back = torch.arange(-self.natural.shape[1], 0, device=device)
         self.shares = [torch.arange(first, slots, LOOKS, device=device) for first in range(min(LOOKS, slots))]
+        # What a step brings in, by slot: the newest token, its count (0: no row), whether the first tokens of a
+        # conclusion can be sampled, and how likely the model's own marker is; and what is decided.
+        self.last, self.count = each(0, torch.int64), each(0)
+        self.possible, self.likely = torch.zeros(slots, 2, dtype=torch.bool, device=device), each(0, torch.float32)
+        self.token, self.due = each(0, torch.int64), each(0, torch.bool)
+        self.circling, self.foreign = each(0, torch.float32), each(0, torch.float32)
+        self.choices = self.written[[0, len(text.lead)]]
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.capture()
+
+    def capture(self) -> None:
+        """Record what is decided, and a look at each share, as CUDA graphs; as yet there are no requests."""
+        pool = torch.cuda.graph_pool_handle()
+        runs: list[Callable[[], None]] = [self.decide, *(partial(self.look, share) for share in self.shares)]
+        for run in runs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
+            self.graphs.append(graph)
 
     def begin(self, slots: list[int], orders: list[Orders], histories: list[list[int]]) -> None:
         """Requests come into slots, each with what it wrote before it was preempted."""
@@ -134,143 +165,144 @@ class Governor:
         so far, 0 or less for a row that has none yet; `wanted` the largest of the rows' orders, known on the host: what
         nobody wants is not run.
         """
-        orders = Orders(*self.orders[slots].unbind(1))
-        last, seen = last.long(), seen.to(torch.int32)
-        live = (orders.governed > 0) & (seen > 0)
-        new = live & (seen > self.seen[slots])
-        self.read(slots, last, seen, new)
-        if self.step % (EVERY // LOOKS) == 0:
-            self.look()
-        reasoning = live & (self.begun[slots] == NEVER) & (self.own[slots] == NEVER)
-        if self.natural.shape[1]:
-            own = reasoning & self.concludes(slots, seen)
-            self.own[slots] = torch.where(own, seen, self.own[slots])
-            self.found[slots] &= ~own
-            reasoning = reasoning & ~own
-        if wanted.looks and self.phrases.shape[1]:
-            self.measure(logits, slots, reasoning)
-        reasoning = reasoning & ~self.conclude(logits, slots, last, seen, reasoning, orders, wanted)
-        if self.acts:
-            self.bias(logits, slots, seen, live, reasoning, orders, wanted)
-        self.write(logits, slots, last, seen, live, reasoning, new, orders, wanted)
-        self.told.copy_(self.counts, non_blocking=True)
+        self.count.zero_()
+        self.count[slots] = seen.to(torch.int32)
+        self.last[slots] = last.long()
+        self.possible[slots] = logits[:, self.choices] > -torch.inf
+        if wanted.sure and len(self.firsts):
+            whole = logits.float().logsumexp(1)
+            self.likely[slots] = (logits[:, self.firsts].float().logsumexp(1) - whole).exp()
+        if wanted.looks:
+            self.measure(logits, slots, seen)
+        share = self.step // (EVERY // LOOKS) % LOOKS
+        looks = self.step % (EVERY // LOOKS) == 0 and share < len(self.shares)
         self.step += 1
+        if self.graphs:
+            if looks:
+                self.graphs[1 + share].replay()
+            self.graphs[0].replay()
+        else:
+            if looks:
+                self.look(self.shares[share])
+            self.decide()
+        self.told.copy_(self.counts, non_blocking=True)
+        if self.acts:
+            self.steer(logits, slots, wanted)
 
-    def read(self, slots: Tensor, last: Tensor, seen: Tensor, new: Tensor) -> None:
-        """Take in the newest tokens."""
-        place, known = (seen.clamp(min=1) - 1) % WINDOW, self.vocabulary
-        self.window[slots, place] = torch.where(new, last.to(torch.int32), self.window[slots, place])
-        self.seen[slots] = torch.where(new, seen, self.seen[slots])
-        goes_on = (self.open[slots] - known.closes[last]).clamp(min=0)
-        opens = known.opens[last].to(torch.int32)
-        self.open[slots] = torch.where(new, torch.where(opens < 0, goes_on, opens), self.open[slots])
-        self.mentioned[slots] = torch.where(new & known.mentions[last], seen, self.mentioned[slots])
-
-    def look(self) -> None:
-        """Look for loops in this step's share of the slots, in what is newer than a conclusion."""
-        turn = self.step // (EVERY // LOOKS) % LOOKS
-        if turn >= len(self.shares):
-            return
-        share = self.shares[turn]
+    def look(self, share: Tensor) -> None:
+        """Look for loops in some slots, in what is newer than a conclusion."""
         since = torch.where(self.begun[share] < NEVER, self.begun[share] + len(self.written), self.own[share] % NEVER)
         position = self.seen[share, None] - WINDOW + self.order
         window = self.window[share].gather(1, position % WINDOW)
         window = torch.where(position >= since[:, None].clamp(min=0), window, -1)
-        looked_for = (self.orders[share, 0] > 0) & (self.acts | (self.begun[share] == NEVER))
+        looked_for = self.orders[share, 0] > 0
+        if not self.acts:
+            looked_for &= self.begun[share] == NEVER
         found = looping(window, self.vocabulary.words) & looked_for
         self.counts[0] += (found & ~self.found[share]).sum()
         self.found[share] |= found
 
-    def concludes(self, slots: Tensor, seen: Tensor) -> Tensor:
-        """Whether each row's newest tokens are a marker of the model's own, (R,)."""
-        back = torch.arange(-self.natural.shape[1], 0, device=seen.device)
-        newest = self.window[slots[:, None], (seen[:, None] + back) % WINDOW]
-        enough = (self.natural >= 0).sum(1) <= seen[:, None]
-        return (((newest[:, None] == self.natural) | (self.natural < 0)).all(2) & enough).any(1)
-
-    def measure(self, logits: Tensor, slots: Tensor, reasoning: Tensor) -> None:
+    def measure(self, logits: Tensor, slots: Tensor, seen: Tensor) -> None:
         """The entropy of some rows' next token, into the average of their slots."""
         first = self.step % min(SAMPLED, len(slots))
         some, rows = logits[first::SAMPLED].float(), slots[first::SAMPLED]
-        probability = some.softmax(1)
-        entropy = some.logsumexp(1) - (probability * some.clamp(min=-FORCE)).sum(1)
+        entropy = some.logsumexp(1) - (some.softmax(1) * some.clamp(min=-FORCE)).sum(1)
         known = self.entropy[rows]
         mean = torch.where(known > 0, 0.75 * known + 0.25 * entropy, entropy)
-        self.entropy[rows] = torch.where(reasoning[first::SAMPLED], mean, known)
+        self.entropy[rows] = torch.where(seen[first::SAMPLED] > 0, mean, known)
 
-    def conclude(
-        self, logits: Tensor, slots: Tensor, last: Tensor, seen: Tensor, reasoning: Tensor, orders: Orders,
-        wanted: Orders,
-    ) -> Tensor:  # fmt: skip
+    def decide(self) -> None:
+        """From each slot's newest token: what comes next, and what is made less likely."""
+        orders, known = Orders(*self.orders.unbind(1)), self.vocabulary
+        last, seen = self.last, self.count
+        live = (orders.governed > 0) & (seen > 0)
+        new = live & (seen > self.seen)
+        place = ((seen.clamp(min=1) - 1) % WINDOW)[:, None].long()
+        newest = torch.where(new[:, None], last[:, None].to(torch.int32), self.window.gather(1, place))
+        self.window.scatter_(1, place, newest)
+        self.seen.copy_(torch.where(new, seen, self.seen))
+        opens, ends_step = known.opens[last].to(torch.int32), known.ends_step[last]
+        goes_on = (self.open - known.closes[last]).clamp(min=0)
+        self.open.copy_(torch.where(new, torch.where(opens < 0, goes_on, opens), self.open))
+        self.mentioned.copy_(torch.where(new & known.mentions[last], seen, self.mentioned))
+
+        reasoning = live & (self.begun == NEVER) & (self.own == NEVER)
+        own = reasoning & self.concludes(seen)
+        self.own.copy_(torch.where(own, seen, self.own))
+        reasoning = reasoning & ~own
+        start = self.conclude(reasoning, seen, ends_step, orders)
+        reasoning = reasoning & ~start
+        self.found.logical_and_(~(own | start))
+
+        length = len(self.written)
+        at = seen - self.begun
+        concluding = live & (at >= 0) & (at < length)
+        second = live & ~reasoning & ~concluding & self.found & (orders.loop > 0)
+        over = live & (self.begun < NEVER) & (at >= length + orders.limit) & ~second
+        if self.acts:
+            self.counts[4:6] += torch.stack([(second & new).sum(), (over & new).sum()])
+        phrase, looking = self.look_back(reasoning, seen, ends_step, orders)
+        marker = self.written[at.clamp(0, length - 1)]
+        token = torch.where(second | over, self.text.end, torch.where(concluding, marker, phrase))
+        self.token.copy_(token)
+        self.due.copy_(concluding | second | over | looking)
+        self.circling.copy_(torch.where(reasoning & (seen >= orders.circling_after), orders.circling, 0.0))
+        held = live & ~reasoning & (orders.hold > 0)
+        strength = torch.where(held, torch.inf, torch.where(reasoning, orders.bias, 0.0))
+        self.foreign.copy_(torch.where(self.open == 0, strength, 0.0))  # a character that was begun is finished
+
+    def concludes(self, seen: Tensor) -> Tensor:
+        """Whether each slot's newest tokens are a marker of the model's own, (S,)."""
+        if not len(self.back):
+            return torch.zeros_like(self.due)
+        newest = self.window.gather(1, (seen[:, None] + self.back) % WINDOW)
+        enough = (self.natural >= 0).sum(1) <= seen[:, None]
+        return (((newest[:, None] == self.natural) | (self.natural < 0)).all(2) & enough).any(1)
+
+    def conclude(self, reasoning: Tensor, seen: Tensor, ends_step: Tensor, orders: Orders) -> Tensor:
         """Begin a conclusion where a loop, a budget or the model's own surety asks for it, between two characters."""
-        lead, ends_step = len(self.text.lead), self.vocabulary.ends_step[last]
-        whole = (self.open[slots] == 0) | (seen % 8 == 0)
-        loop = reasoning & self.found[slots] & (orders.loop > 0)
+        loop = reasoning & self.found & (orders.loop > 0)
         budget = reasoning & (seen >= orders.budget)
-        sure = torch.zeros_like(loop)
-        if wanted.sure and len(self.firsts):
-            likely = (logits[:, self.firsts].float().logsumexp(1) - logits.float().logsumexp(1)).exp()
-            sure = reasoning & ends_step & (orders.sure > 0) & (likely >= orders.sure)
-        first = torch.where(ends_step, self.written[lead], self.written[0])
-        possible = logits.gather(1, first[:, None])[:, 0] > -torch.inf
+        sure = reasoning & ends_step & (orders.sure > 0) & (self.likely >= orders.sure)
+        whole = (self.open == 0) | (seen % 8 == 0)
+        possible = torch.where(ends_step, self.possible[:, 1], self.possible[:, 0])
         start = (loop | budget | sure) & whole & possible
-        self.begun[slots] = torch.where(start, seen - lead * ends_step, self.begun[slots]).to(torch.int32)
-        self.found[slots] &= ~start
+        self.begun.copy_(torch.where(start, seen - len(self.text.lead) * ends_step, self.begun))
         loop, budget = loop & start, budget & start & ~loop
         self.counts[1:4] += torch.stack([loop.sum(), budget.sum(), (start & ~loop & ~budget).sum()])
         return start
 
-    def bias(
-        self, logits: Tensor, slots: Tensor, seen: Tensor, live: Tensor, reasoning: Tensor, orders: Orders,
-        wanted: Orders,
-    ) -> None:  # fmt: skip
-        """Take from the logits of words that circle, and of scripts that are not the question's."""
+    def look_back(self, reasoning: Tensor, seen: Tensor, ends_step: Tensor, orders: Orders) -> tuple[Tensor, Tensor]:
+        """(the next token of a look-back, whether it is due), (S,) each."""
+        size = self.phrases.shape[1]
+        if not size:
+            return torch.zeros_like(self.token), torch.zeros_like(self.due)
+        flat = (self.entropy > orders.look_entropy) & (seen - self.mentioned >= orders.look_after)
+        start = reasoning & flat & ends_step & (self.open == 0) & (self.looks < orders.looks)
+        self.looked.copy_(torch.where(start, seen, self.looked))
+        self.mentioned.copy_(torch.where(start, seen, self.mentioned))
+        self.looks += start.to(torch.int32)
+        self.counts[6] += start.sum()
+        at = seen - self.looked
+        phrase = self.phrases[orders.chinese.long(), at.clamp(0, size - 1)]
+        return phrase, reasoning & (at >= 0) & (at < size) & (phrase >= 0)
+
+    def steer(self, logits: Tensor, slots: Tensor, wanted: Orders) -> None:
+        """Put into the rows' logits what was decided for their slots."""
         known = self.vocabulary
         if wanted.circling:
-            strength = torch.where(reasoning & (seen >= orders.circling_after), orders.circling, 0.0)
-            logits.index_add_(1, known.circling, -strength[:, None].to(logits.dtype).expand(-1, len(known.circling)))
-        if not (wanted.hold or wanted.bias):
-            return
-        held = live & ~reasoning & (orders.hold > 0)
-        strength = torch.where(held, torch.inf, torch.where(reasoning, orders.bias, 0.0))
-        strength = torch.where(self.open[slots] == 0, strength, 0.0)[:, None]  # a character that was begun is finished
-        others = ~orders.scripts.to(torch.int16)[:, None]
-        for first in range(0, len(logits), ROWS):
-            rows = slice(first, first + ROWS)
-            foreign = (known.scripts & others[rows]) != 0
-            logits[rows] -= torch.where(foreign, strength[rows], 0.0)
-
-    def write(
-        self, logits: Tensor, slots: Tensor, last: Tensor, seen: Tensor, live: Tensor, reasoning: Tensor, new: Tensor,
-        orders: Orders, wanted: Orders,
-    ) -> None:  # fmt: skip
-        """The next token of a conclusion or of a look-back, or the end of the turn, where one is due."""
-        begun, length = self.begun[slots], len(self.written)
-        at = seen - begun
-        concluding = live & (at >= 0) & (at < length)
-        second = live & ~reasoning & ~concluding & self.found[slots] & (orders.loop > 0)
-        over = live & (begun < NEVER) & (at >= length + orders.limit) & ~second
-        token = torch.where(second | over, self.text.end, self.written[at.clamp(0, length - 1)])
-        due = concluding | second | over
-        if wanted.looks and self.phrases.shape[1]:
-            flat = (self.entropy[slots] > orders.look_entropy) & (seen - self.mentioned[slots] >= orders.look_after)
-            between = self.vocabulary.ends_step[last] & (self.open[slots] == 0)
-            start = reasoning & flat & between & (self.looks[slots] < orders.looks)
-            self.looked[slots] = torch.where(start, seen, self.looked[slots])
-            self.looks[slots] += start.to(torch.int32)
-            self.mentioned[slots] = torch.where(start, seen, self.mentioned[slots])
-            self.counts[6] += start.sum()
-            at = seen - self.looked[slots]
-            phrase = self.phrases[orders.chinese.long(), at.clamp(0, self.phrases.shape[1] - 1)]
-            looking = reasoning & (at >= 0) & (at < self.phrases.shape[1]) & (phrase >= 0) & ~due
-            token, due = torch.where(looking, phrase, token), due | looking
-        if not self.acts:
-            return
-        current = logits.gather(1, token[:, None])
+            strength = -self.circling[slots, None].to(logits.dtype)
+            logits.index_add_(1, known.circling, strength.expand(-1, len(known.circling)))
+        if wanted.hold or wanted.bias:
+            others, strength = ~self.orders[slots, SCRIPTS_COLUMN].to(torch.int16)[:, None], self.foreign[slots, None]
+            for first in range(0, len(logits), ROWS):
+                rows = slice(first, first + ROWS)
+                logits[rows] -= torch.where((known.scripts & others[rows]) != 0, strength[rows], 0.0)
+        token = self.token[slots, None].clamp(min=0)
+        current = logits.gather(1, token)
         # What something else has ruled out stays so: it is tried again, or the model goes on.
-        forced = due[:, None] & (current > -torch.inf)
-        logits.scatter_(1, token[:, None], torch.where(forced, torch.full_like(current, FORCE), current))
-        self.counts[4:6] += torch.stack([(second & new).sum(), (over & new).sum()])
+        forced = self.due[slots, None] & (current > -torch.inf)
+        logits.scatter_(1, token, torch.where(forced, FORCE, current))
 
 
 def all_ends(history: list[int], marker: Sequence[int]) -> list[int]:

@@ -14,8 +14,16 @@ import httpx
 
 Ask = Callable[..., dict[str, Any]]
 LOOP = {"logit_bias": {"66": 100}}
-FLAGS = ["--governor", "on", "--governor-policy", "language,look=1,sure=0.999,circling=3"]
-MARKER = "**Final Answer**"
+FLAGS = [
+    "--max-queued-requests",
+    "100",
+    "--governor",
+    "on",
+    "--governor-policy",
+    "language,look=1,sure=0.999,circling=3",
+]
+NO_ENDS = {"loop": False, "budget": False}
+"""Made-up weights loop by themselves."""
 
 
 def asking(url: str, key: str | None = None) -> Ask:
@@ -79,7 +87,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     yield "each of n choices", all(seen.get("governor", {}).get("found") == "loop" for seen in several), several
 
     for budget in (8, 100):
-        seen = ask(max_tokens=300, thinking_token_budget=budget)["qvq"]
+        seen = ask(max_tokens=300, thinking_token_budget=budget, governor={"loop": False})["qvq"]
         held = seen["governor"]["found"] == "budget" and budget <= seen["reasoning_tokens"] <= budget + 2
         yield f"a budget of {budget}", held, seen
 
@@ -88,7 +96,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
 
     plain = {"max_tokens": 60, "logprobs": True, "top_logprobs": 3}
     ask(**plain)  # the prompt's prefix comes from the cache for both
-    with_it, without = ask(**plain, governor={"budget": False}), ask(**plain, governor=False)
+    with_it, without = ask(**plain, governor=NO_ENDS), ask(**plain, governor=False)
     yield "who triggers nothing is left alone to the bit", raw(with_it) == raw(without), raw(with_it)[0]
 
     form = {"response_format": {"type": "json_schema", "json_schema": {"name": "t", "schema": {
@@ -108,7 +116,7 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
 
     before = preemptions(url, key)
     bodies = [{"text": f"{at}: how much?", "seed": at, "max_tokens": 900} for at in range(40)]
-    bodies = [body | (LOOP if at % 3 == 0 else {"governor": {"budget": False}}) for at, body in enumerate(bodies)]
+    bodies = [body | (LOOP if at % 3 == 0 else {"governor": NO_ENDS}) for at, body in enumerate(bodies)]
     with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
         together = list(pool.map(lambda body: ask(**body), bodies))
     happened = preemptions(url, key) - before

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from benchmarks.startup import machine
-from tests.governor.served import FLAGS, asking, cases
+from tests.governor.served import FLAGS, NO_ENDS, asking, cases
 from tests.gpu.over_long_lists import start
 
 HAN = 28029
@@ -27,7 +27,7 @@ HAN = 28029
 BATCHES = (1, 8, 32, 64)
 TOKENS, ROUNDS = 200, 5
 OFF: dict[str, Any] = {"governor": False}
-ON: dict[str, Any] = {"governor": {"loop": False, "budget": False}}
+ON: dict[str, Any] = {"governor": NO_ENDS}
 
 
 async def batch(url: str, size: int, turn: int, body: dict[str, Any]) -> float:
