@@ -86,6 +86,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--values", action="store_true", help="print what Kubernetes must know, as values of the chart")
 
     server_flags(add("check", "refuse what cannot work on this machine, before the minutes of loading", run_check))
 
@@ -95,6 +96,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     download.add_argument("--model", default="qvq-72b", metavar="NAME", help="known name (default qvq-72b)")
     download.add_argument("--source", choices=("modelscope", "huggingface"), help="default: the first that has it")
     download.add_argument("--to", metavar="DIR", help="where to put it (default: where --model NAME looks for it)")
+    download.add_argument("--wait", action="store_true", help="bring nothing: wait until another download has done it")
 
     ask = add("ask", "ask a running server one question, streamed: reasoning dimmed, answer bright", run_ask)
     ask.add_argument("images", nargs="*", metavar="IMAGE", help="files or https URLs")
@@ -310,6 +312,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     resolved, gpus = chosen(arguments, pick=False)
     profile = resolved.profile
+    if arguments.values:
+        return print_values(resolved, arguments.gpu)
     if arguments.gpu:
         card, size = memory.card_memory(arguments.gpu)
     elif gpus:
@@ -333,6 +337,19 @@ def run_plan(arguments: argparse.Namespace) -> int:
     return 0 if made.fits else EXIT_DOES_NOT_FIT
 
 
+def print_values(resolved: "Resolved", gpu: str | None) -> int:
+    """`plan --values`: for the GPUs of --gpu, or those that the profile was made for. Raises UsageError without any."""
+    from qvq_serve import kubernetes
+    from qvq_serve.model import DEMO, ModelGeometry
+    from qvq_serve.preflight import check_split
+
+    if not gpu and not resolved.hardware.gpus and resolved.profile.model != DEMO:
+        raise UsageError("the profile has no [hardware], so --values needs a card: --gpu h100, for example.")
+    check_split(ModelGeometry.load(resolved.profile.model), resolved.profile)
+    print(kubernetes.as_values(kubernetes.figures(resolved, gpu)))
+    return 0
+
+
 def run_check(arguments: argparse.Namespace) -> int:
     """`check`: all that a start would refuse; exit code 0 where it would go on to load."""
     resolved, gpus = chosen(arguments)
@@ -347,9 +364,13 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_download(arguments: argparse.Namespace) -> int:
     """`download`: weights onto this disk; the last line is the directory."""
-    from qvq_serve.download import download
+    from qvq_serve.download import download, wait
 
-    print(download(arguments.model, arguments.source, arguments.to))
+    print(
+        wait(arguments.model, arguments.to)
+        if arguments.wait
+        else download(arguments.model, arguments.source, arguments.to)
+    )
     return 0
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from qvq_serve.gpu import GIB
 from qvq_serve.model import KNOWN, locate, missing_files
 
 BLOCK_BYTES = 8 * 2**20
+WAIT_S = 5.0
 SPARE_SHARE = 0.01
 """Of the model's bytes, left free on its disk beside it."""
 
@@ -58,6 +61,18 @@ def download(model: str, source: str | None = None, to: str | None = None) -> Pa
         raise StartError(f"{known.repo} from {source} to {target}: {details}. {AGAIN}") from None
     if lacking := missing_files(target):
         raise StartError(f"{known.repo} from {source} has no {', '.join(lacking[:3])}; {target} cannot be served.")
+    return target
+
+
+def wait(model: str, to: str | None = None) -> Path:
+    """Return the directory once its files are all there; the hubs' libraries give a file its name when it is whole."""
+    target = Path(to) if to else locate(model)
+    said = ""
+    while lacking := missing_files(target):
+        if (now := f"{target} lacks {lacking[0]} and {len(lacking) - 1} more files; waiting") != said:
+            print(f"qvq-serve: {now}", file=sys.stderr, flush=True)
+            said = now
+        time.sleep(WAIT_S)
     return target
 
 

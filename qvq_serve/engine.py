@@ -5,6 +5,7 @@ Everything down to `run` is pure and imports no vLLM, so that --dry-run, check a
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 from qvq_serve import visual
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.model import DEMO, KNOWN, locate
-from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags
+from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags, nodes
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = PARSER = "qvq"
@@ -134,7 +135,8 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     if profile.governor != "off":
         argv += ["--logits-processors", f"qvq_serve.governor.{'v2:GovernorV2' if gpus else 'v1:GovernorV1'}"]
         reasons["--logits-processors"] = "the governor, for the runner that vLLM has on " + ("GPUs" if gpus else "CPUs")
-    argv += ["--api-server-count", "1"]  # with more, a drain and the count of requests would each be half of it
+    if "--headless" not in given_flags(profile.vllm):  # the other machines of a replica have no API
+        argv += ["--api-server-count", "1"]  # with more, a drain and the count of requests would each be half of it
     argv.append("--disable-uvicorn-access-log")  # the door logs each request, with its id
     if profile.log_format == "json" or (profile.log_format == "auto" and not sys.stderr.isatty()):
         argv += ["--logging-config", json.dumps({"formatter": "json"})]
@@ -147,7 +149,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     environment["VLLM_PLUGINS"] = ",".join(plugin_names())
     reasons["VLLM_PLUGINS"] = "vLLM loads our endpoint plugin only where it is named, and then only what is named"
     reasons["VLLM_MEDIA_CONNECTOR"] = "our connector: image time limit, shapes and errors (qvq_serve/hooks/images.py)"
-    workers = profile.tp * profile.pp
+    workers = math.ceil(profile.tp * profile.pp / nodes(profile))  # on this machine
     if not gpus and workers > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"

@@ -1,5 +1,6 @@
 """Each reason not to start, found before anything is loaded: the value seen, and what would do."""
 
+import math
 import os
 import resource
 import shutil
@@ -12,7 +13,7 @@ from qvq_serve.errors import QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
 from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
-from qvq_serve.profile import Profile, Resolved, given_flags
+from qvq_serve.profile import Profile, Resolved, given_flags, nodes
 
 LEAST_DRIVER = 580
 LEAST_OPEN_FILES = 4096
@@ -60,7 +61,7 @@ def check_split(geometry: ModelGeometry, profile: Profile) -> None:
 def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
     """Enough GPUs, each with the memory that the profile was made for. Raises StartError."""
     profile, needs = resolved.profile, resolved.hardware
-    wanted = max(profile.tp * profile.pp, needs.gpus)
+    wanted = math.ceil(max(profile.tp * profile.pp, needs.gpus) / nodes(profile))
     if not gpus and (needs.gpus or profile.model in KNOWN):
         what = f"a profile for {needs.gpus} x {needs.name}" if needs.gpus else f"the model {profile.model}"
         raise StartError(
@@ -71,9 +72,10 @@ def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
         # vLLM's CPU runner never makes the tensors that pass between stages: the first request kills the engine.
         would_do = f"--tp {profile.tp * profile.pp} would do"
         raise StartError(f"--pp {profile.pp}: vLLM 0.32 cannot run pipeline stages on the CPU; {would_do}.")
+    here = f" on each of {nodes(profile)} machines" if nodes(profile) > 1 else ""
     if gpus and wanted > len(gpus):
         raise StartError(
-            f"--tp {profile.tp} x --pp {profile.pp} needs {wanted} GPUs, and {len(gpus)} are visible "
+            f"--tp {profile.tp} x --pp {profile.pp} needs {wanted} GPUs{here}, and {len(gpus)} are visible "
             f"({', '.join(gpu.name for gpu in gpus)}); lower --tp, or look at CUDA_VISIBLE_DEVICES."
         )
     for gpu in gpus[: wanted if needs.gpus else 0]:
@@ -207,7 +209,7 @@ def check_open_files(limit: int) -> None:
 def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
     """The checks of a start on this machine, in their order; each raises UsageError or StartError."""
     profile = resolved.profile
-    workers = profile.tp * profile.pp
+    workers = math.ceil(profile.tp * profile.pp / nodes(profile))
     yield lambda: check_usage(profile)
     yield lambda: check_gpus(resolved, gpus)
     yield lambda: check_port(profile)
@@ -219,7 +221,9 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
         for gpu in gpus[:workers]:
             yield lambda gpu=gpu: check_others(gpu, processes_on(gpu), profile.gpu_memory_utilization)  # type: ignore[misc]
         smallest = min(gpus[:workers], key=lambda gpu: gpu.memory_bytes)
-        yield lambda: check_memory(plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus)))
+        yield lambda: check_memory(
+            plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus) * nodes(profile))
+        )
     else:
         yield lambda: check_host_memory(profile)
 

@@ -325,6 +325,14 @@ def given_flags(arguments: tuple[str, ...]) -> dict[str, str]:
     return given
 
 
+def nodes(profile: Profile) -> int:
+    """Machines that a replica runs on: vLLM's --nnodes. Raises UsageError where it is no number from 1 up."""
+    text = given_flags(profile.vllm).get("--nnodes", "1")
+    if not text.isdecimal() or text == "0":
+        raise UsageError(f"--nnodes {text}: it is a number of machines, 1 or more.")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A profile, and where each of its values came from."""

@@ -29,8 +29,10 @@ def planned_uses(profile: Profile, gpus: list[Gpu]) -> dict[str, int]:
 
 
 def label(rank: int, gpus: list[Gpu]) -> str:
-    """The label of a worker's memory: its card's index, or cpu, cpu1, ... without cards."""
-    return str(gpus[rank].index) if gpus else f"cpu{rank or ''}"
+    """The label of a worker's memory: its card's index (or its rank, elsewhere); cpu, cpu1, ... without cards."""
+    if not gpus:
+        return f"cpu{rank or ''}"
+    return str(gpus[rank].index) if rank < len(gpus) else f"rank{rank}"
 
 
 def report(planned: dict[str, int], measured: list[dict[str, int]], gpus: list[Gpu]) -> None:
