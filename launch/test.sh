@@ -3,7 +3,9 @@
 # --all adds the slow tests.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/tools.sh"
 make_environment test
+make_tools
 cd "$ROOT"
 if [ "${1:-}" = --all ]; then
     shift

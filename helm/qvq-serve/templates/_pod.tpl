@@ -1,10 +1,11 @@
 {{/* The pod of a server. With nodes above 1, `role` is leader or worker. */}}
 {{- define "qvq.pod" -}}
-{{- $root := .root }}{{ $role := .role }}
+{{- $root := .root }}
+{{- $role := .role }}
 {{- $v := $root.Values }}
 {{- $plan := include "qvq.plan" $root | fromYaml }}
 {{- $nodes := int $v.nodes }}
-{{- $gpus := div (int $plan.gpus) $nodes }}
+{{- $gpus := div (int $plan.gpus) $nodes -}}
 metadata:
   labels:
     {{- include "qvq.server" $root | nindent 4 }}
@@ -171,7 +172,7 @@ spec:
   volumes:
     - name: profile
       configMap: {name: {{ $root.Release.Name }}-profile}
-    - {{- include "qvq.weightsVolume" $root | nindent 6 }}
+    - {{ include "qvq.weightsVolume" $root | nindent 6 | trim }}
     - name: cache
       {{- if eq $v.compileCache.kind "claim" }}
       persistentVolumeClaim: {claimName: {{ $root.Release.Name }}-cache}

@@ -1,0 +1,286 @@
+"""What the chart renders: eight scenarios, by the schemas of three Kubernetes versions, and as it promises."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvq_serve.profile import NAMES, option_type
+from tests.helm.chart import CHART, RENDERED, SCENARIOS, helm, manifests, needs_helm, one, pods, rendered, template
+
+pytestmark = needs_helm
+VERSIONS = ("1.30", "1.34", "1.37")
+"""The oldest that the chart admits, one between, and the newest whose schemas kubernetes-validate has."""
+BY_NPM = ("keda.sh", "monitoring.coreos.com", "gateway.networking.k8s.io")
+BY_US = Path(__file__).parent / "small_schemas.json"
+"""Of what no package has a schema, the fields that the chart uses, written by hand from its documentation."""
+
+
+def test_there_are_the_eight_scenarios() -> None:
+    assert (
+        sorted(
+            ["minimal", "cpu-demo", "h100x4-bf16", "h200x1-fp8", "two-nodes", "autoscaled", "air-gapped", "hardened"]
+        )
+        == SCENARIOS
+    )
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_helm_lints_it(scenario: str) -> None:
+    done = helm("lint", "--strict", str(CHART), "--values", str(CHART / "ci" / f"{scenario}-values.yaml"))
+    assert done.returncode == 0, done.stdout
+    assert "[WARNING]" not in done.stdout
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_committed_rendering_is_what_helm_renders(scenario: str) -> None:
+    assert (RENDERED / f"{scenario}.yaml").read_text() == rendered(scenario), "python -m tests.helm.chart writes it"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kubernetes_knows_every_field(scenario: str, version: str) -> None:
+    import kubernetes_validate
+
+    core = [m for m in manifests(scenario) if "." not in m["apiVersion"] or ".k8s.io/" in m["apiVersion"]]
+    core = [m for m in core if group(m) not in (*BY_NPM, *json.loads(BY_US.read_text()))]
+    assert {"Service", "NetworkPolicy"} <= {m["kind"] for m in core}
+    for manifest in core:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_a_field_that_kubernetes_does_not_know_is_found() -> None:
+    import kubernetes_validate
+
+    pod = one("minimal", "Pod", "qvq-test")
+    pod["spec"]["containers"][0]["readonlyRootFilesystem"] = True
+    with pytest.raises(kubernetes_validate.ValidationError, match="readonlyRootFilesystem"):
+        kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
+
+
+def group(manifest: dict[str, Any]) -> str:
+    return str(manifest["apiVersion"]).partition("/")[0]
+
+
+def by_npm(checked: list[dict[str, Any]]) -> list[str]:
+    """What the schemas of npm's packages find wrong."""
+    done = subprocess.run(
+        ["node", str(Path(__file__).parent / "schemas.mjs")],
+        input=json.dumps(checked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(
+    not shutil.which("node") or not os.environ.get("QVQ_NODE_MODULES"), reason="no schemas; launch/tools.sh brings them"
+)
+def test_keda_prometheus_and_the_gateway_know_theirs() -> None:
+    found = {m["kind"]: m for scenario in SCENARIOS for m in manifests(scenario) if group(m) in BY_NPM}
+    assert set(found) == {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"}
+    assert by_npm([m for s in SCENARIOS for m in manifests(s) if group(m) in BY_NPM]) == []
+    found["ScaledObject"]["spec"]["minReplicaCount"] = "one"
+    found["PodMonitor"]["spec"].pop("selector")
+    found["PrometheusRule"]["spec"]["groups"][0]["rules"][0]["for"] = "some minutes"
+    found["HTTPRoute"]["spec"]["rules"][0]["timeouts"]["request"] = "long"
+    assert [line.partition(":")[0] for line in by_npm(list(found.values()))] == list(found)
+
+
+def test_the_rest_has_the_fields_that_its_documentation_names() -> None:
+    import jsonschema
+
+    schemas = json.loads(BY_US.read_text())
+    found = [m for scenario in SCENARIOS for m in manifests(scenario) if group(m) in schemas]
+    assert {m["kind"] for m in found} == {"LeaderWorkerSet", "InferencePool"}
+    for manifest in found:
+        jsonschema.validate(manifest, schemas[group(manifest)])
+        manifest["spec"]["replica"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="replica"):
+            jsonschema.validate(manifest, schemas[group(manifest)])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_each_pod_is_one_that_the_restricted_standard_admits(scenario: str) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards, and further: a read-only root, no token."""
+    assert len(pods(scenario)) >= 2
+    for pod in pods(scenario):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["memory"]
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts <= {volume["name"] for volume in spec["volumes"]}
+    # The standard refuses hostPath; it is for machines that have the weights, and said so.
+    host_paths = [v for pod in pods(scenario) for v in pod["spec"]["volumes"] if "hostPath" in v]
+    assert bool(host_paths) == (scenario == "air-gapped")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_selectors_find_the_pods_that_they_mean(scenario: str) -> None:
+    labels = {pod["metadata"]["labels"]["qvq-serve/role"]: pod["metadata"]["labels"] for pod in pods(scenario)
+              if "qvq-serve/role" in pod["metadata"]["labels"]}  # fmt: skip
+    meant = {"Service": {"api"}, "PodMonitor": {"api"}, "InferencePool": {"api"}}
+    for manifest in manifests(scenario):
+        spec = manifest.get("spec", {})
+        selector = spec.get("selector") or spec.get("podSelector")
+        if not selector or manifest["kind"] == "Job":
+            continue
+        wanted = selector.get("matchLabels", selector)
+        matched = {role for role, of in labels.items() if wanted.items() <= of.items()}
+        assert matched == meant.get(manifest["kind"], set(labels)), manifest["kind"]
+        others = [pod for pod in pods(scenario) if "qvq-serve/role" not in pod["metadata"]["labels"]]
+        assert not any(wanted.items() <= pod["metadata"]["labels"].items() for pod in others)
+
+
+def test_a_rollout_never_asks_for_gpus_that_are_in_use() -> None:
+    deployments = [m for scenario in SCENARIOS for m in manifests(scenario) if m["kind"] == "Deployment"]
+    assert len(deployments) == 7
+    assert all(d["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1} for d in deployments)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_end_of_a_pod_leaves_time_for_the_longest_answer(scenario: str) -> None:
+    servers = [pod["spec"] for pod in pods(scenario) if pod["metadata"]["labels"].get("qvq-serve/role") == "api"]
+    assert servers
+    for spec in servers:
+        server = spec["containers"][0]
+        env = {e["name"]: e.get("value") for e in server["env"]}
+        slept = server["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert spec["terminationGracePeriodSeconds"] == slept + int(env["QVQ_DRAIN_TIMEOUT"]) + 30
+        live, start = server["livenessProbe"], server["startupProbe"]
+        assert live["periodSeconds"] * live["failureThreshold"] >= 300
+        assert start["periodSeconds"] * start["failureThreshold"] >= 345
+        assert (start["httpGet"]["path"], live["httpGet"]["path"]) == ("/health", "/health")
+        assert server["readinessProbe"]["httpGet"]["path"] == "/ready"
+
+
+def test_proxies_wait_as_long_as_a_request_may_take() -> None:
+    ingress = one("h100x4-bf16", "Ingress")["metadata"]["annotations"]
+    assert ingress["nginx.ingress.kubernetes.io/proxy-read-timeout"] == "1800"
+    (rule,) = one("autoscaled", "HTTPRoute")["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "1800s", "backendRequest": "1800s"}
+    assert rule["backendRefs"][0]["kind"] == "InferencePool"
+
+
+def test_nothing_goes_out_of_a_hardened_server_but_to_dns() -> None:
+    policy = one("hardened", "NetworkPolicy")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    (rule,) = policy["egress"]
+    assert {port["port"] for port in rule["ports"]} == {53}
+    assert [port["port"] for rule in policy["ingress"] for port in rule["ports"]] == ["http", "metrics"]
+    server = one("hardened", "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert server["image"] == "qvq-serve:0.1.0@sha256:" + "0123456789abcdef" * 4
+
+
+def test_images_are_fetched_from_the_named_networks_only() -> None:
+    out = one("h100x4-bf16", "NetworkPolicy")["spec"]["egress"][-1]
+    assert out == {"ports": [{"port": 80}, {"port": 443}], "to": [{"ipBlock": {"cidr": "203.0.113.0/24"}}]}
+
+
+def test_a_replica_of_two_machines_has_half_of_its_gpus_on_each() -> None:
+    made = one("two-nodes", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    assert made["size"] == 2
+    leader, worker = (made[key]["spec"]["containers"][0] for key in ("leaderTemplate", "workerTemplate"))
+    assert leader["resources"]["limits"]["nvidia.com/gpu"] == worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert worker["args"] == [*leader["args"], "--headless"]
+    assert "ports" not in worker and "readinessProbe" not in worker
+
+
+def test_an_uninstall_keeps_the_weights() -> None:
+    claim = one("minimal", "PersistentVolumeClaim", "qvq-weights")
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert claim["spec"]["resources"]["requests"]["storage"] == "151Gi"
+
+
+def test_the_profile_that_is_mounted_is_the_file_of_launch_profiles() -> None:
+    import tomllib
+
+    for scenario in SCENARIOS:
+        name = yaml.safe_load((CHART / "ci" / f"{scenario}-values.yaml").read_text()) or {}
+        path = CHART.parents[1] / "launch" / "profiles" / f"{name.get('profile', 'qvq72b_h100x4_bf16')}.toml"
+        mounted = one(scenario, "ConfigMap", "qvq-profile")["data"]["profile.toml"]
+        assert tomllib.loads(mounted) == tomllib.loads(path.read_text())
+
+
+def test_a_profile_of_ones_own_is_mounted_with_its_own_plan() -> None:
+    plan = "gpus=2,cpus=8,memoryGiB=24,shmGiB=1,weightsGiB=151,startupSeconds=900,drainSeconds=60,graceSeconds=105"
+    settings = ",".join(f"plan.{item}" for item in f"{plan},requestSeconds=300".split(","))
+    done = template("--set-literal", 'customProfile=tp = 2\nmodel = "qvq-72b"', "--set", settings)
+    assert done.returncode == 0, done.stderr
+    assert 'tp = 2\n    model = "qvq-72b"' in done.stdout
+    assert 'nvidia.com/gpu: "2"' in done.stdout
+
+
+def test_the_notes_end_with_the_first_question() -> None:
+    done = helm("install", "qvq", str(CHART), "--dry-run=client", "--namespace", "serving",
+                "--set", "apiKeys.existingSecret=qvq-keys")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.endswith('qvq-serve ask photo.png "How much is the total?"')
+    assert "QVQ_API_KEY=$(kubectl -n serving get secret qvq-keys" in last
+
+
+def test_the_settings_that_the_schema_knows_are_the_profiles() -> None:
+    known = json.loads((CHART / "values.schema.json").read_text())["properties"]["settings"]["properties"]
+    by_the_chart = {"host", "port", "metrics_port", "drain_timeout", "api_key", "api_key_file", "guard_api_key"}
+    kinds = {int: "integer", float: "number", str: "string"}
+    assert known == {name: {"type": kinds[option_type(name)]} for name in NAMES if name not in by_the_chart}
+
+
+BAD = [
+    ("replica=2", "replica"),
+    ("replicas=two", "replicas"),
+    ("profile=qvq72b_h100x3", "profile is 'qvq72b_h100x3'.*known: demo, qvq72b_h100x1_int4"),
+    ("settings.tp=2", "plan.gpus is 4, and tp x pp of the profile and settings is 2 x 1 = 2"),
+    ("plan.gpus=8", "plan.gpus is 8, and tp x pp of the profile and settings is 4 x 1 = 4"),
+    ("plan.gpus=0", "plan.gpus is 0, and the model qvq-72b"),
+    ("nodes=3", "nodes is 3, and tp x pp = 4"),
+    ("settings.top_k=many", "/settings/top_k"),
+    ("settings.max_tokens=10", "/settings'.*max_tokens"),
+    ("settings.drain_timeout=10", "/settings'.*drain_timeout"),
+    ("settings.max_output_tokens=16384", "settings.max_output_tokens changes.*give plan too"),
+    ("plan.drainSeconds=900", "plan.graceSeconds is 875, less than plan.drainSeconds 900"),
+    ("plan.shm=1Gi", "/plan'.*shm"),
+    ("customProfile=tp = 4", "plan.gpus is missing, and customProfile"),
+    ("image.digest=sha256:abc", "/image/digest"),
+    ("weights.kind=nfs", "/weights/kind"),
+    ("weights.kind=existingClaim", "weights.kind is existingClaim, and weights.existingClaim names none"),
+    ("weights.kind=hostPath", "weights.kind is hostPath, and weights.hostPath names none"),
+    ("replicas=2", "weights.accessMode is ReadWriteOnce, and replicas"),
+    ("expose.kind=ingress", "expose.kind is ingress, and expose.host is empty"),
+    ("expose.kind=ingress,expose.host=a.example", "expose.kind is ingress, and apiKeys.existingSecret is empty"),
+    ("expose.kind=httproute,expose.host=a.example", "expose.gateway.name is empty"),
+    ("autoscaling.kind=keda,autoscaling.min=5", "autoscaling.min is 5, above autoscaling.max 4"),
+    ("autoscaling.kvCacheUse=85", "/autoscaling/kvCacheUse"),
+    ("inferencePool.enabled=true", "inferencePool.endpointPicker.name is empty"),
+    ("service.metricsPort=8000", "service.port and service.metricsPort are both 8000"),
+    ("networkPolicy.imageNetworks={example.com}", "/networkPolicy/imageNetworks/0"),
+    ("compileCache.kind=claim,weights.kind=hostPath,weights.hostPath=/m,replicas=2", "compileCache.kind is claim"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[values for values, _ in BAD])
+def test_a_bad_value_fails_with_its_key(values: str, message: str) -> None:
+    import re
+
+    done = template("--set", values)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
+    assert "nil pointer" not in done.stderr
