@@ -20,6 +20,8 @@ MODEL = Gauge(
 )
 
 ANSWERS = Counter("qvq_answers_total", "Finished choices by how they ended", ["ended"])
+for ended in ("answered", "unmarked", "concluded", "looped", "length", "timeout", "filtered", "cancelled", "error"):
+    ANSWERS.labels(ended)  # from 0 on: Prometheus sees no increase in a counter that comes to be as 1
 TOKENS = Counter("qvq_output_tokens_total", "Output tokens by part: reasoning or answer", ["part"])
 WASTED = Counter(
     "qvq_wasted_tokens_total", "Output tokens of choices that ended without an answer of their own", ["ended"]

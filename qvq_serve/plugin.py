@@ -51,9 +51,7 @@ class Api:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called once the engine is up and before requests are taken."""
-        from prometheus_client import start_http_server
-
-        from qvq_serve.api import about, lifecycle, memory
+        from qvq_serve.api import about, lifecycle, memory, scrape
         from qvq_serve.engine import launched_profile
         from qvq_serve.gpu import visible_gpus
         from qvq_serve.hooks import chain
@@ -64,7 +62,7 @@ class Api:
             await memory.prove_governor(engine_client)
         about.export(profile, visible_gpus()[: profile.tp * profile.pp])
         if profile.metrics_port:
-            start_http_server(profile.metrics_port, profile.host)
+            scrape.serve(profile.metrics_port, profile.host)
         # The state keeps the tasks: an event loop holds only weak references to them.
         state.qvq_tasks = [
             asyncio.create_task(memory.watch(engine_client, profile), name="memory figures"),

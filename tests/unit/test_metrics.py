@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 
+import httpx
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from qvq_serve import metrics
+from qvq_serve.api import scrape
 
 OURS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
@@ -27,6 +29,23 @@ def test_each_metric_is_ours_by_name_and_says_what_it_is() -> None:
     lines = exposition().decode().splitlines()
     named = [line.split()[2] for line in lines if line.startswith("# HELP")]
     assert named and all(name.startswith("qvq_") for name in named)
+
+
+def test_a_prometheus_of_version_2_finds_vllms_names_as_they_are() -> None:
+    """It asks for OpenMetrics, in which prometheus_client 0.26 wrote vllm_num_requests_waiting."""
+    waiting = Gauge("vllm:a_test", "Of this test", registry=None)
+    REGISTRY.register(waiting)
+    server = scrape.serve(0, "127.0.0.1")
+    try:
+        answer = httpx.get(
+            f"http://127.0.0.1:{server.server_port}/metrics",
+            headers={"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"},
+        )
+    finally:
+        server.shutdown()
+        REGISTRY.unregister(waiting)
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert "\nvllm:a_test 0.0\n" in answer.text
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian's package prometheus)")
