@@ -137,3 +137,13 @@ def test_a_start_brings_weights_that_are_not_there_first(hub: Hub, tmp_path: Pat
     assert "--force goes on against this: no NVIDIA GPU is visible" in done.stderr
     assert "Traceback" not in done.stderr
     assert (done.returncode, "qvq-serve: vLLM stopped" in done.stderr) == (3, True), done.stderr[-2000:]
+
+
+def test_who_waits_for_the_weights_goes_on_when_another_has_brought_them(hub: Hub, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qvq_serve", "download", "--wait", "--to", str(tmp_path / "model")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr and waiting.stdout
+        assert "lacks config.json and" in waiting.stderr.readline()
+        assert download(hub, tmp_path / "model").returncode == 0
+        assert waiting.wait(30) == 0
+        assert waiting.stdout.read().strip() == str(tmp_path / "model")

@@ -284,3 +284,13 @@ def test_a_bad_value_fails_with_its_key(values: str, message: str) -> None:
     assert done.returncode != 0
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
     assert "nil pointer" not in done.stderr
+
+
+def test_a_packaged_chart_has_the_profiles_in_it(tmp_path: Path) -> None:
+    """In a checkout they are a link to launch/profiles."""
+    done = helm("package", str(CHART), "--destination", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (package,) = tmp_path.iterdir()
+    values = str(CHART / "ci" / "h100x4-bf16-values.yaml")
+    done = helm("template", "qvq", str(package), "--namespace", "serving", "--values", values)
+    assert done.stdout == rendered("h100x4-bf16")

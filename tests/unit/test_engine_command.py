@@ -83,3 +83,16 @@ def test_the_served_name_is_the_repositorys_or_the_directorys() -> None:
     assert served_name(Profile(model="demo")) == "qvq-demo"
     assert served_name(Profile(model="/some/where/mine/")) == "mine"
     assert served_name(Profile(served_model_name="x")) == "x"
+
+
+def test_a_machine_without_an_api_is_given_no_api_server() -> None:
+    """vLLM refuses --api-server-count beside --headless."""
+    assert "--api-server-count" in command(Profile(), gpus=1).argv
+    assert "--api-server-count" not in command(Profile(vllm=("--nnodes", "2", "--headless")), gpus=1).argv
+
+
+def test_two_machines_share_the_workers_and_their_cores() -> None:
+    launch = command(Profile(model="demo", tp=2, vllm=("--nnodes", "2")), gpus=0, cpus=[0, 1])
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in launch.environment
+    launch = command(Profile(model="demo", tp=4, vllm=("--nnodes", "2")), gpus=0, cpus=[0, 1, 2, 3])
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,3"

@@ -216,3 +216,9 @@ def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_seq
     assert queue_limit(profile, cards) == math.ceil(2 * at_once.requests(at_once.typical_tokens))
     assert queue_limit(Profile(tp=4, vllm=("--max-num-seqs", "20")), cards) == 40
     assert queue_limit(Profile(model="demo"), []) == 256
+
+
+def test_a_worker_on_another_machine_is_labelled_by_its_rank() -> None:
+    cards = [Gpu(4, "NVIDIA H100", 80 * GIB), Gpu(5, "NVIDIA H100", 80 * GIB)]
+    assert [label(rank, cards) for rank in range(3)] == ["4", "5", "rank2"]
+    assert [label(rank, []) for rank in range(2)] == ["cpu", "cpu1"]

@@ -163,3 +163,15 @@ def test_a_model_directory_that_lacks_files_is_refused(tmp_path: Path) -> None:
 
 def test_made_up_weights_need_no_files(tmp_path: Path) -> None:
     check_model(Profile(model=str(tmp_path), vllm=("--load-format", "dummy")))
+
+
+def test_each_of_several_machines_needs_its_share_of_the_gpus() -> None:
+    two = Profile(tp=8, vllm=("--nnodes", "2"))
+    check_gpus(with_gpus(two), [H100] * 4)
+    with pytest.raises(StartError, match="--tp 8 x --pp 1 needs 4 GPUs on each of 2 machines, and 2 are visible"):
+        check_gpus(with_gpus(two), [H100] * 2)
+
+
+def test_a_number_of_machines_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="--nnodes two: it is a number of machines, 1 or more"):
+        check_gpus(with_gpus(Profile(vllm=("--nnodes=two",))), [H100])
