@@ -11,6 +11,7 @@ import pytest
 from benchmarks.check_plan import FIXED_LIMIT, KV_LIMIT, USE_LIMIT_GIB, WEIGHTS_LIMIT, Comparison, compare
 from qvq_serve import cli, memory
 from qvq_serve.advice import fit, suggestions
+from qvq_serve.api.memory import label
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import (
