@@ -286,6 +286,28 @@ def test_a_bad_value_fails_with_its_key(values: str, message: str) -> None:
     assert "nil pointer" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "tolerations[0].operator=Exists",
+        "image.tag=next",
+        "image.pullPolicy=Always",
+        "weights.accessMode=ReadWriteMany",
+        "bench.args={--quiet}",
+        "service.port=9000",
+        "apiKeys.existingSecret=keys",
+    ],
+)
+def test_a_job_that_becomes_another_has_another_name(change: str) -> None:
+    """A Job cannot be changed, so an upgrade that changes one under its name fails."""
+    found = [yaml.safe_load_all(template("--set", f"bench.enabled=true{more}").stdout) for more in ("", f",{change}")]
+    jobs = [{m["metadata"]["name"]: m["spec"] for m in made if m and m["kind"] == "Job"} for made in found]
+    assert len(jobs[0]) == len(jobs[1]) == 2
+    assert jobs[0] != jobs[1]
+    for name in jobs[0].keys() & jobs[1].keys():
+        assert jobs[0][name] == jobs[1][name], name
+
+
 def test_a_packaged_chart_has_the_profiles_in_it(tmp_path: Path) -> None:
     """In a checkout they are a link to launch/profiles."""
     done = helm("package", str(CHART), "--destination", str(tmp_path))

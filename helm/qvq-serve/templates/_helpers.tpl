@@ -23,6 +23,11 @@ app.kubernetes.io/component: server
 {{- end }}
 {{- end }}
 
+{{/* For the name of a Job, of everything that its pod is made of. */}}
+{{- define "qvq.hash" -}}
+{{- toJson . | sha256sum | trunc 8 }}
+{{- end }}
+
 {{/* What the profile and `settings` make together: model, tp, pp. */}}
 {{- define "qvq.launch" -}}
 {{- $profile := include "qvq.profile" . | fromToml }}
