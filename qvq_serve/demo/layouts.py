@@ -231,8 +231,8 @@ def count(at: Page, layout: str, shapes: Sequence[tuple[str, str]]) -> None:
     if layout == "panel":
         canvas.frame(3, 3, canvas.width - 3, canvas.height - 3, at.accent, 3)
     for (shape, colour), (x, y) in zip(shapes, places(at, layout, len(shapes), radius), strict=True):
-        shade = COLOURS[colour]
-        red, green, blue = (max(0, min(255, part + rng.randint(-12, 12))) for part in shade)
+        lighter = rng.randint(-12, 12)
+        red, green, blue = (max(0, min(255, part + lighter + rng.randint(-3, 3))) for part in COLOURS[colour])
         canvas.shape(shape, round(x), round(y), radius, (red, green, blue))
 
 
@@ -257,8 +257,8 @@ def box(at: Page, layout: str, edges: Sequence[int]) -> None:
     margin = at.size * 2.0
     unit = min((canvas.width - 2.6 * margin) / wide, (canvas.height - 2 * margin) / high) * rng.uniform(0.75, 1.0)
     across, deep, tall = (a * ax * unit, a * ay * unit), (b * bx * unit, b * by * unit), (0.0, -c * unit)
-    lows = [min(0, across[i], deep[i], tall[i], across[i] + deep[i], across[i] + deep[i] + tall[i]) for i in (0, 1)]
-    highs = [max(0, across[i], deep[i], across[i] + deep[i], tall[i]) for i in (0, 1)]
+    reach = [[p * across[i] + q * deep[i] + r * tall[i] for p in (0, 1) for q in (0, 1) for r in (0, 1)] for i in (0, 1)]
+    lows, highs = [min(one) for one in reach], [max(one) for one in reach]
     x = rng.uniform(margin * 1.3 - lows[0], max(margin * 1.3 - lows[0], canvas.width - margin * 1.3 - highs[0]))
     y = rng.uniform(margin - lows[1], max(margin - lows[1], canvas.height - margin - highs[1]))
 
