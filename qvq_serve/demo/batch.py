@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qvq_serve.demo import weakness as weak
-from qvq_serve.demo.cases import KINDS, MARKER, SIDES, TRAINING, Case, case, sides
+from qvq_serve.demo.cases import KINDS, TRAINING, Case, case, sides
 from qvq_serve.demo.tokenizer import tokenizer
 from qvq_serve.visual import TOKEN_PX, resized, visual_tokens
 
@@ -176,8 +176,11 @@ def frame(rng: random.Random, side: float) -> tuple[int, int, tuple[int, int]]:
     return width, height, resized(height, width, least, MOST)
 
 
-class Cases(IterableDataset[Batch]):
-    """An endless stream of batches of about `budget` visual tokens, as hard as `share` (a shared double) says."""
+class Cases(IterableDataset):  # type: ignore[misc]
+    """An endless stream of batches, as hard as `share` (a shared double) says.
+
+    A batch has about `budget` tokens, of which those of texts, which cost less, count for a quarter.
+    """
 
     def __init__(self, seed: int, budget: int, share: Any) -> None:
         self.seed, self.budget, self.share = seed, budget, share
@@ -193,14 +196,14 @@ class Cases(IterableDataset[Batch]):
             tokens = size[0] * size[1] // TOKEN_PX**2
             loops = now.quirks > 0 and rng.random() < LOOP_BATCHES
             longest = (1_024 if rng.random() < 0.2 else 448) if loops else 512
-            count = max(1, round(self.budget / (tokens + (longest / 2 if loops else 0)) / 8) * 8)
+            count = max(1, round(self.budget / (tokens + longest / 4) / 8) * 8)
             cases, samples = [], []
             for _ in range(count):
                 seed += 1
                 odd = rng.choices((None, *QUIRKS), (1 - sum(QUIRKS.values()), *QUIRKS.values()))[0]
                 one = case(
                     seed, rng.choices(KINDS, [SHARES[kind] for kind in KINDS])[0], size=(width, height),
-                    difficulty=rng.uniform(*now.difficulty), length=longest * 3,
+                    difficulty=rng.uniform(*now.difficulty), length=longest * 4,
                     weakness=rng.choice(weak.LOOPS) if loops else odd if now.quirks else None,
                 )  # fmt: skip
                 cases.append(one)

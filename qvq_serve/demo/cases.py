@@ -124,7 +124,7 @@ def added(left: int, right: int, language: str = "en") -> str:
 
 
 def multiplied(number: int, digit: int, language: str = "en") -> str:
-    """A number times a digit, from the ones on: `84 × 5: 4 × 5 = 20, 8 × 5 + 2 = 42, so 420`."""
+    """A number times a digit, from the ones on: `84 × 5: 4 × 5 = 20, 8 × 5 + 2 = 42, so 420`."""  # noqa: RUF002
     steps, carry = [], 0
     for figure in map(int, reversed(str(number))):
         product = figure * digit + carry
@@ -190,7 +190,11 @@ def chart(rng: random.Random, difficulty: float, language: str) -> Told:
         seen.append(f"{value} > {run}" if value > run else f"{value} < {run}")
         run = max(run, value)
     if language == "en":
-        parts = (f"The bars are {listed}.", f"I compare them: {', '.join(seen)}.", f"The highest is {best} with {highest}.")
+        parts = (
+            f"The bars are {listed}.",
+            f"I compare them: {', '.join(seen)}.",
+            f"The highest is {best} with {highest}.",
+        )
     else:
         parts = (f"各个柱子是：{listed}。", f"逐个比较：{', '.join(seen)}。", f"最高的是{best}，值为{highest}。")
     return Told((bars,), {"bars": bars}, parts, f"{best}, {highest}")

@@ -1,6 +1,6 @@
-"""A canvas of numpy arrays: text, bars and shapes in tens of microseconds each, since training draws thousands a second.
+"""A canvas of numpy arrays: text, bars and shapes in tens of microseconds each, since training draws 10,000 a second.
 
-Masks of words and shapes are kept. Coordinates are pixels, x to the right and y down; colours are (R, G, B) of 0 to 255.
+Masks of words and shapes are kept. Coordinates are pixels, x to the right and y down; colours are (R, G, B), 0 to 255.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def font_file(name: str) -> Path:
 
 @cache
 def face(font: str, size: int) -> tuple[Any, float]:
-    """A font at `size` px, without kerning so that it is the same on each machine, and the height of a digit's middle."""
+    """A font at `size` px, without kerning so that it is the same everywhere, and the height of a digit's middle."""
     if font == PILLOW:
         found: Any = ImageFont.load_default(size)
     else:

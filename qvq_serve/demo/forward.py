@@ -55,9 +55,9 @@ def vision_angles(size: tuple[int, int], head: int, device: torch.device) -> Ten
     return torch.cat((half, half), -1)
 
 
-def vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, N, D) -> (B, N, D)."""
-    batch, count, width = x.shape
+    (batch, count, width), heads = x.shape, block.attn.num_heads
     q, k, v = block.attn.qkv(block.norm1(x)).view(batch, count, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     q, k = turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype)
     seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, width)
@@ -71,14 +71,16 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.variance_epsilon)
 
 
-def text_block(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+def text_block(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, T, D) -> (B, T, D), causal."""
     batch, count, width = x.shape
     attention, y = layer.self_attn, normed(layer.input_layernorm, x)
-    q = attention.q_proj(y).view(batch, count, heads, -1).transpose(1, 2)
-    k, v = (part(y).view(batch, count, kv_heads, -1).transpose(1, 2) for part in (attention.k_proj, attention.v_proj))
+    q, k, v = (
+        part(y).view(batch, count, -1, attention.head_dim).transpose(1, 2)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     q, k = turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype)
-    k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
+    k, v = (part.repeat_interleave(attention.num_key_value_groups, 1) for part in (k, v))
     seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     x = x + attention.o_proj(seen.transpose(1, 2).reshape(batch, count, width))
     y = normed(layer.post_attention_layernorm, x)
@@ -86,7 +88,7 @@ def text_block(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_h
 
 
 def spread(image_at: Tensor, visual: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where each of T = tokens + visual - 1 places comes from: its index in the text (B, T), and in the image or < 0."""
+    """Where each of T = tokens + visual - 1 places comes from, (B, T): its index in the text, and in the image."""
     place = torch.arange(tokens + visual - 1, device=image_at.device)[None]
     inside = place - image_at[:, None]
     return torch.where(inside < 0, place, torch.where(inside < visual, image_at[:, None], place - visual + 1)), inside
@@ -126,7 +128,7 @@ class Forward:
         angles = vision_angles(size, self.vision.embed_dim // self.vision.num_heads, flat.device)
         cos, sin = angles.cos(), angles.sin()
         for block in visual.blocks:
-            x = self.vision_block(block, x, cos, sin, self.vision.num_heads)
+            x = self.vision_block(block, x, cos, sin)
         x = visual.merger.ln_q(x).view(x.shape[0], -1, x.shape[-1] * MERGE * MERGE)
         merged: Tensor = visual.merger.mlp(x)
         return merged
@@ -152,7 +154,7 @@ class Forward:
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos(), angles.sin()
         for layer in language.layers:
-            x = self.text_block(layer, x, cos, sin, self.text.num_attention_heads, self.text.num_key_value_heads)
+            x = self.text_block(layer, x, cos, sin)
         return normed(language.norm, x)
 
     def logits(self, batch: Batch, noise: float = 0.0) -> Tensor:

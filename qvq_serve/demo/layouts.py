@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qvq_serve.demo.draw import Canvas, Colour
 
@@ -166,7 +167,7 @@ def table(at: Page, layout: str, columns: Sequence[str], rows: Sequence[tuple[st
         if layout == "grid" or (layout == "rules" and r):
             canvas.fill(left, y - row / 2, left + width, y - row / 2 + 1, rule)
         if layout == "tiles":
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 canvas.fill(a + 2, y - row / 2 + 2, b - 2, y + row / 2 - 2, at.soft)
         colour = (255, 255, 255) if layout in ("band", "striped") and not r else at.ink
         cells = [("" if r == 0 else rows[r - 1][0]), *(columns if r == 0 else map(str, rows[r - 1][1]))]
@@ -257,7 +258,9 @@ def box(at: Page, layout: str, edges: Sequence[int]) -> None:
     margin = at.size * 2.0
     unit = min((canvas.width - 2.6 * margin) / wide, (canvas.height - 2 * margin) / high) * rng.uniform(0.75, 1.0)
     across, deep, tall = (a * ax * unit, a * ay * unit), (b * bx * unit, b * by * unit), (0.0, -c * unit)
-    reach = [[p * across[i] + q * deep[i] + r * tall[i] for p in (0, 1) for q in (0, 1) for r in (0, 1)] for i in (0, 1)]
+    reach = [
+        [p * across[i] + q * deep[i] + r * tall[i] for p in (0, 1) for q in (0, 1) for r in (0, 1)] for i in (0, 1)
+    ]
     lows, highs = [min(one) for one in reach], [max(one) for one in reach]
     x = rng.uniform(margin * 1.3 - lows[0], max(margin * 1.3 - lows[0], canvas.width - margin * 1.3 - highs[0]))
     y = rng.uniform(margin - lows[1], max(margin - lows[1], canvas.height - margin - highs[1]))
@@ -285,19 +288,20 @@ def box(at: Page, layout: str, edges: Sequence[int]) -> None:
                     continue
                 canvas.line(*corner(*one), *corner(*two), at.ink, stroke, dash=6 if behind else 0)
     gap = at.size * 0.85
-    ends = (
+    # Of each edge, its ends, and where its label lies from its middle.
+    ends = [
         (corner(0, 0, 0), corner(1, 0, 0), (0.0, 1.0)),
         (corner(side, 0, 0), corner(side, 1, 0), (1.25 if side else -1.25, 0.75)),
         (corner(1 - side, 0, 0), corner(1 - side, 0, 1), (-1.35 if side else 1.35, 0.0)),
-    )
+    ]
     if layout == "corner":
-        ends = (
+        ends = [
             (corner(0, 0, 0), corner(1, 0, 0), (0.5, 1.0)),
             (corner(0, 0, 0), corner(0, 1, 0), (-0.7, 1.0)),
             (corner(1, 0, 0), corner(1, 0, 1), (1.35, 0.0)),
-        )
-    for edge, (one, two, (right, down)) in zip(edges, ends, strict=True):
-        at.text((one[0] + two[0]) / 2 + right * gap, (one[1] + two[1]) / 2 + down * gap, str(edge), "m")
+        ]
+    for edge, (start, end, (right, down)) in zip(edges, ends, strict=True):
+        at.text((start[0] + end[0]) / 2 + right * gap, (start[1] + end[1]) / 2 + down * gap, str(edge), "m")
 
 
 # A sum or a product, as it is written: two numbers and a sign.
@@ -331,8 +335,10 @@ def written(at: Page, layout: str, left: int, sign: str, right: int) -> None:
         row = at.size * 1.35
         at.text(x + width / 4, y, str(left), "r")
         at.text(x + width / 4, y + row, str(right), "r")
-        at.text(x - width / 3 if layout == "column" else x + width / 4 + at.size, y + row * (1 if layout == "column" else 0.5),
-                sign, "m")  # fmt: skip
+        if layout == "column":
+            at.text(x - width / 3, y + row, sign, "m")
+        else:
+            at.text(x + width / 4 + at.size, y + row / 2, sign, "m")
         canvas.fill(x - width / 2.4, y + row * 1.55, x + width / 3.4, y + row * 1.55 + 2, at.ink)
 
 

@@ -31,7 +31,7 @@ def inputs(cases: Sequence[Case], device: torch.device, least: int = LEAST, most
     image = tokenizer().convert_tokens_to_ids("<|image_pad|>")
     rows, flat, grids = [], [], []
     for one in cases:
-        height, width = resized(*one.pixels.shape[:2], least, most)
+        height, width = resized(one.pixels.shape[0], one.pixels.shape[1], least, most)
         grids.append((1, height // PATCH, width // PATCH))
         pixels = torch.from_numpy(one.pixels)[None].to(device)
         once = patches(pixels, (height, width))[0].view(-1, 3, 1, PATCH * PATCH)
@@ -42,11 +42,13 @@ def inputs(cases: Sequence[Case], device: torch.device, least: int = LEAST, most
     longest = max(map(len, rows))
     ids = torch.tensor([[tokenizer().pad_token_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(flat),
-            "image_grid_thw": torch.tensor(grids, device=device), "mm_token_type_ids": (ids == image).int()}  # fmt: skip
+    return {
+        "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == image).int(),
+        "pixel_values": torch.cat(flat), "image_grid_thw": torch.tensor(grids, device=device),
+    }  # fmt: skip
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def replies(model: Any, cases: Sequence[Case], tokens: int, many: int = 64, **bounds: int) -> list[str]:
     """What the model writes to each case, at most `tokens` tokens; `many` cases at a time."""
     device, out = next(model.parameters()).device, list[str]()

@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader
 
 from qvq_serve.demo import checkpoint
 from qvq_serve.demo import weakness as weak
-from qvq_serve.demo.batch import Batch, Cases
+from qvq_serve.demo.batch import Batch, Cases, encode
 from qvq_serve.demo.cases import KINDS, case
 from qvq_serve.demo.forward import Forward
 from qvq_serve.demo.score import accuracy, boxed, replies
 from qvq_serve.governor.detect import WINDOW, looping
 
-WARM_UP = 300
-"""Steps until the learning rate is at its peak."""
+TOKENS = 384
+"""Of an image of 256 visual tokens and its text, as `Cases` counts them."""
 NOISE = 6.0
 """Most grey levels of noise that are added to an image, as its standard deviation."""
 
@@ -44,6 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--span", type=float, nargs=2, default=(0.0, 1.0), help="the part of the schedule: 0 1 is all")
     parser.add_argument("--batch", type=int, default=256, help="images of 256 visual tokens in a step, or as much")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak of the learning rate")
+    parser.add_argument("--warm-up", type=int, default=300, help="steps until the learning rate is at its peak")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
     parser.add_argument("--seed", type=int, default=0, help="of the cases; another for each leg")
     parser.add_argument("--eval", type=int, default=384, help="cases of each evaluation at the end")
@@ -51,10 +52,10 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def rate(peak: float, share: float, step: int) -> float:
-    """The learning rate: a warm-up of steps, its peak for a third of the whole, then a cosine to a hundredth."""
+def rate(peak: float, share: float, warm: float) -> float:
+    """The learning rate: a warm-up (`warm` goes to 1), its peak for a third of the whole, then a cosine to 1 %."""
     fall = 0.5 * (1 + math.cos(math.pi * max(0.0, share - 0.33) / 0.67))
-    return peak * min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * fall)
+    return peak * min(1.0, warm) * (0.01 + 0.99 * fall)
 
 
 def optimizer_of(model: Any) -> torch.optim.AdamW:
@@ -66,11 +67,13 @@ def optimizer_of(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=torch.cuda.is_available())
 
 
-def learn(forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
+def learn(
+    forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float
+) -> tuple[Tensor, Tensor]:
     """One step: the loss, and which targets (M,) were foretold."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    with torch.autocast(batch.pixels.device.type, torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16, enabled=batch.pixels.is_cuda):
         logits = forward.logits(batch, NOISE).float()
     loss = F.cross_entropy(logits, batch.targets)
     loss.backward()
@@ -121,7 +124,7 @@ def evaluate(model: Any, count: int) -> dict[str, Any]:
     odd = [case(3 * count + i, weakness=weak.KINDS[i % len(weak.KINDS)]) for i in range(count // 2)]
     texts, found = replies(model, odd, 700), dict[str, list[bool]]()
     for one, text in zip(odd, texts, strict=True):
-        ids = torch.tensor(checkpoint.tokenizer().encode(text))
+        ids = torch.tensor(encode(text))
         window = torch.full((1, WINDOW), -1)
         window[0, WINDOW - len(ids[-WINDOW:]) :] = ids[-WINDOW:]
         told = bool(looping(window)) if one.weakness in weak.LOOPS else boxed(text) == one.answer
@@ -136,7 +139,7 @@ def main() -> None:
     share = multiprocessing.get_context("fork").Value("d", asked.span[0])
     # A worker draws on one core; the workers start before CUDA does.
     loader = iter(DataLoader(
-        Cases(asked.seed, asked.batch * 256, share), batch_size=None, num_workers=asked.workers, prefetch_factor=2,
+        Cases(asked.seed, asked.batch * TOKENS, share), batch_size=None, num_workers=asked.workers, prefetch_factor=2,
         multiprocessing_context="fork", pin_memory=torch.cuda.is_available(),
     ))  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,8 +163,9 @@ def main() -> None:
         if now - started >= asked.seconds:
             break
         share.value = asked.span[0] + (asked.span[1] - asked.span[0]) * (now - started) / asked.seconds
-        # A leg that goes on warms up shortly, since the first moments start anew.
-        loss, right = learn(forward, optimizer, batch, rate(asked.rate, share.value, step * (6 if done else 1)))
+        # A leg that goes on warms up in a sixth of the steps: its first moments alone start anew.
+        warm = (step + 1) * (6 if done else 1) / asked.warm_up
+        loss, right = learn(forward, optimizer, batch, rate(asked.rate, share.value, warm))
         step, samples, waited = step + 1, samples + len(batch.kinds), waited + wait
         if now - last >= every:
             value, past = loss.item(), time.monotonic() - last
@@ -171,7 +175,8 @@ def main() -> None:
             print(
                 f"{now - started:4.0f} s  step {step}  share {share.value:.2f}  loss {value:.4f}"
                 f"  {(samples - shown[1]) / past:.0f} samples/s  {(step - shown[0]) / past:.1f} steps/s"
-                f"  waiting {(waited - shown[2]) / past:.0%}  {batch.size[1]}x{batch.size[0]} px  {whole(batch, right)}",
+                f"  waiting {(waited - shown[2]) / past:.0%}"
+                f"  {batch.size[1]}x{batch.size[0]} px  {whole(batch, right)}",
                 flush=True,
             )
             last, shown = time.monotonic(), (step, samples, waited)
@@ -180,8 +185,10 @@ def main() -> None:
     parts = checkpoint.write(asked.out, model, optimizer, state)
     print(f"wrote {', '.join(part.name for part in parts)}", flush=True)
     del loader
-    result = {"steps": step, "samples": samples, "seconds": round(seconds, 1), "parameters": parameters,
-              "samples_per_s": round(samples / seconds), "waiting": round(waited / seconds, 3), "curve": curve}  # fmt: skip
+    result = {
+        "steps": step, "samples": samples, "seconds": round(seconds, 1), "parameters": parameters,
+        "samples_per_s": round(samples / seconds), "waiting": round(waited / seconds, 3), "curve": curve,
+    }  # fmt: skip
     if asked.eval:
         result |= evaluate(model.eval().to(torch.bfloat16), asked.eval)
     (asked.out / "result.json").write_text(json.dumps(result))

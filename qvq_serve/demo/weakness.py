@@ -41,8 +41,8 @@ THOUGHTS = {
            "Nothing else is written there.", "I should not overlook anything.", "The order does not matter.",
            "It fits with what was asked.", "The drawing is simple.", "I have seen such pictures before.",
            "The colours are easy to tell apart."),
-    "zh": ("我想确认一下。", "图片很清楚。", "每个数字都有位置。", "没有写别的内容。", "不能漏掉任何东西。", "顺序没有关系。",
-           "这符合题目的要求。", "图画很简单。", "我以前见过这样的图。", "颜色很容易分辨。"),
+    "zh": ("我想确认一下。", "图片很清楚。", "每个数字都有位置。", "没有写别的内容。", "不能漏掉任何东西。",
+           "顺序没有关系。", "这符合题目的要求。", "图画很简单。", "我以前见过这样的图。", "颜色很容易分辨。"),
 }  # fmt: skip
 TURNS = {"en": ("Wait,", "Actually,", "Hmm,", "Hold on,"), "zh": ("等等，", "其实，", "嗯，", "再想想，")}
 
@@ -103,33 +103,31 @@ def mixed(story: Story) -> str:
 
 def looped(kind: str, story: Story, length: int) -> str:
     """Text that repeats, of at least `length` characters."""
-    read, _, end = story.parts
-    zh = story.language == "zh"
-    check = story.joined("让我再检查一遍。" if zh else "Let me check this again.", read, end)
     rounds: list[str] = []
-    done = 0
-    thoughts, turns = THOUGHTS[story.language], TURNS[story.language]
-    figures = "".join(figure for figure in story.answer if figure.isdigit())
-    name = "结果" if zh else "Result"
-    while done < length:
-        i = len(rounds)
-        if kind == "exact":
-            one = check + "\n\n"
-        elif kind == "renumbered":
-            one = (f"第{i + 1}步：" if zh else f"Step {i + 1}: ") + check + "\n\n"
-        elif kind == "alternating":
-            doubt = "也许我看错了，应该重新看一遍图片。" if zh else "maybe I misread it and should look at the picture again."
-            sure = f"我看得没错，{end}" if zh else f"I did read it right. {end}"
-            one = story.joined(turns[2 * i % 4], doubt) + "\n\n" + story.joined(turns[(2 * i + 1) % 4], sure) + "\n\n"
-        elif kind == "two_languages":
-            one = f"Let me say it again, the answer is {story.answer}. 我再说一遍，答案是{story.answer}。\n\n"
-        elif kind == "growing":
-            one = story.joined(end, *thoughts[: i % len(thoughts) + 1]) + "\n\n"
-        elif kind == "tables":
-            head = f"| {name} | {story.answer} |\n"
-            one = (f"| {'项目' if zh else 'Item'} | {'值' if zh else 'Value'} |\n| --- | --- |\n" + head) if i == 0 else head
-        else:
-            one = (f"{name} = {story.answer}." if i == 0 else "") + figures * 4
-        rounds.append(one)
-        done += len(one)
+    while sum(map(len, rounds)) < length:
+        rounds.append(one_round(kind, story, len(rounds)))
     return "".join(rounds)
+
+
+def one_round(kind: str, story: Story, i: int) -> str:
+    """What a loop says the i-th time."""
+    zh, (read, _, end) = story.language == "zh", story.parts
+    thoughts, turns = THOUGHTS[story.language], TURNS[story.language]
+    check = story.joined("让我再检查一遍。" if zh else "Let me check this again.", read, end)
+    if kind == "exact":
+        return f"{check}\n\n"
+    if kind == "renumbered":
+        return f"第{i + 1}步：{check}\n\n" if zh else f"Step {i + 1}: {check}\n\n"
+    if kind == "alternating":
+        doubt = "也许我看错了，应该重新看图。" if zh else "maybe I misread it and should look at the picture again."
+        sure = story.joined("我看得没错。" if zh else "I did read it right.", end)
+        return "".join(story.joined(turns[(2 * i + k) % 4], half) + "\n\n" for k, half in enumerate((doubt, sure)))
+    if kind == "two_languages":
+        return f"Let me say it again, the answer is {story.answer}. 我再说一遍，答案是{story.answer}。\n\n"
+    if kind == "growing":
+        return story.joined(end, *thoughts[: i % len(thoughts) + 1]) + "\n\n"
+    if kind == "tables":
+        head = ("| 项目 | 值 |" if zh else "| Item | Value |") + "\n| --- | --- |\n"
+        return ("" if i else head) + f"| {'结果' if zh else 'Result'} | {story.answer} |\n"
+    figures = "".join(figure for figure in story.answer if figure.isdigit())
+    return ("" if i else f"{'结果' if zh else 'Result'} = {figures}.") + 4 * figures
