@@ -5,6 +5,7 @@ same (tested). Shapes: B images, N patches each (n = N / 4 visual tokens), D cha
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ PATCH, MERGE = 14, 2
 VISION_THETA = 10_000.0
 
 
+@cache
+def normalising(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand of each channel, (3, 1, 1); kept, since a copy to the GPU waits for all before it."""
+    mean, std = (torch.tensor(part)[:, None, None] for part in (MEAN, STD))
+    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+
+
+@cache
+def axes(sections: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which of M-RoPE's three axes turns each pair of channels."""
+    return torch.arange(3).repeat_interleave(torch.tensor(sections)).to(device)
+
+
 def patches(pixels: Tensor, size: tuple[int, int], noise: float = 0.0) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, N, 588): brought to `size` = (height, width), normalised, in the order of merging.
 
@@ -29,8 +43,8 @@ def patches(pixels: Tensor, size: tuple[int, int], noise: float = 0.0) -> Tensor
         images = F.interpolate(images, size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
     if noise:
         images = images + torch.randn_like(images) * (torch.rand(len(images), 1, 1, 1, device=images.device) * noise)
-    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (MEAN, STD))
-    images = (images / 255 - mean) / std
+    scale, shift = normalising(images.device)
+    images = images * scale + shift
     high, wide = size[0] // PATCH // MERGE, size[1] // PATCH // MERGE
     images = images.reshape(-1, 3, high, MERGE, PATCH, wide, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
     return images.reshape(len(images), high * wide * MERGE * MERGE, 3 * PATCH * PATCH)
@@ -146,9 +160,7 @@ class Forward:
         x = torch.where(visual, seen.to(words.dtype).gather(1, at), words)
         rope = self.text.rope_parameters
         half = self.text.hidden_size // self.text.num_attention_heads // 2
-        axis = torch.arange(3, device=x.device).repeat_interleave(
-            torch.tensor(rope["mrope_section"], device=x.device), output_size=half
-        )
+        axis = axes(tuple(rope["mrope_section"]), x.device)
         speed = rope["rope_theta"] ** -(torch.arange(half, device=x.device) / half)
         angles = positions(batch.image_at, grid, batch.ids.shape[1])[axis].permute(1, 2, 0) * speed  # (B, T, half)
         angles = torch.cat((angles, angles), -1)[:, None]

@@ -49,9 +49,10 @@ def inputs(cases: Sequence[Case], device: torch.device, least: int = LEAST, most
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def replies(model: Any, cases: Sequence[Case], tokens: int, many: int = 64, **bounds: int) -> list[str]:
-    """What the model writes to each case, at most `tokens` tokens; `many` cases at a time."""
+def replies(model: Any, cases: Sequence[Case], tokens: int, many: int = 0, **bounds: int) -> list[str]:
+    """What the model writes to each case, at most `tokens` tokens; `many` cases at a time (512 on a GPU, 32 if not)."""
     device, out = next(model.parameters()).device, list[str]()
+    many = many or (512 if device.type == "cuda" else 32)
     for i in range(0, len(cases), many):
         given: dict[str, Any] = inputs(cases[i : i + many], device, **bounds)
         given["pixel_values"] = given["pixel_values"].to(model.dtype)
