@@ -28,10 +28,13 @@ from qvq_serve.demo.batch import Batch, Cases, encode
 from qvq_serve.demo.cases import KINDS, case
 from qvq_serve.demo.forward import Forward
 from qvq_serve.demo.score import accuracy, boxed, replies
-from qvq_serve.governor.detect import WINDOW, looping
+from qvq_serve.demo.tokenizer import tokenizer
+from qvq_serve.governor.detect import WINDOW, looping, words_of
 
 LONGEST = 300
 """Tokens that an honest reply needs at most."""
+LOOPING = 1_000
+"""Tokens after which each kind of loop is found: text that grows needs the most."""
 TOKENS = 384
 """Of an image of 256 visual tokens and its text, as `Cases` counts them."""
 COMPILING = 2
@@ -50,6 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak of the learning rate")
     parser.add_argument("--warm-up", type=int, default=300, help="steps until the learning rate is at its peak")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints of a leg")
     parser.add_argument("--seed", type=int, default=0, help="of the cases; another for each leg")
     parser.add_argument("--eval", type=int, default=384, help="cases of each evaluation at the end")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -126,12 +130,13 @@ def evaluate(model: Any, count: int) -> dict[str, Any]:
     for one, text in list(zip(seen, texts, strict=True))[: 2 * len(KINDS)]:
         print(f"{one.answer!r} is right: {text!r}", flush=True)
     odd = [case(3 * count + i, weakness=weak.KINDS[i % len(weak.KINDS)]) for i in range(count // 2)]
-    texts, found = replies(model, odd, 2 * LONGEST), dict[str, list[bool]]()
+    texts, found = replies(model, odd, LOOPING), dict[str, list[bool]]()
+    words = words_of(tokenizer().decode, len(tokenizer()))
     for one, text in zip(odd, texts, strict=True):
         ids = torch.tensor(encode(text))
         window = torch.full((1, WINDOW), -1)
         window[0, WINDOW - len(ids[-WINDOW:]) :] = ids[-WINDOW:]
-        told = bool(looping(window)) if one.weakness in weak.LOOPS else boxed(text) == one.answer
+        told = bool(looping(window, words)) if one.weakness in weak.LOOPS else boxed(text) == one.answer
         found.setdefault(str(one.weakness), []).append(told)
     out["weakness"] = {kind: sum(oks) / len(oks) for kind, oks in found.items()}
     return out
@@ -159,13 +164,13 @@ def main() -> None:
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {2 * parameters / 1e6:.1f} MB in BF16, {device}", flush=True)
 
-    started = last = time.monotonic()
+    started = last = saved = time.monotonic()
     step, samples, waited, shown, curve = 0, 0, 0.0, (0, 0, 0.0), list[list[float]]()
     every = 2.0 if device.type == "cpu" else 5.0
     for batch, wait in moved(loader, device):
         now = time.monotonic()
         if step < COMPILING:
-            started = last = now
+            started = last = saved = now
         if now - started >= asked.seconds:
             break
         share.value = asked.span[0] + (asked.span[1] - asked.span[0]) * (now - started) / asked.seconds
@@ -186,6 +191,9 @@ def main() -> None:
                 flush=True,
             )
             last, shown = time.monotonic(), (step, samples, waited)
+        if now - saved >= asked.save_every:
+            checkpoint.write(asked.out, model, optimizer, {"steps": done + step, "share": share.value})
+            saved = now
     seconds = time.monotonic() - started
     state = {"steps": done + step, "share": share.value}
     parts = checkpoint.write(asked.out, model, optimizer, state)
