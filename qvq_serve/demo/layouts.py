@@ -66,7 +66,10 @@ def invoice(at: Page, layout: str, lines: Sequence[tuple[str, int]]) -> None:
     right = left + room
     y = rng.uniform(0.6, max(0.6, canvas.height / row - len(lines) - 1.6)) * row
     title = rng.choice(("INVOICE", "Invoice", "BILL", "Receipt", "Order"))
-    at.text((left + right) / 2 if narrow or rng.random() < 0.3 else left, y, title, "m" if narrow else "l", at.ink)
+    if narrow or rng.random() < 0.3:
+        at.text((left + right) / 2, y, title, "m")
+    else:
+        at.text(left, y, title)
     if layout == "ruled":
         canvas.fill(left, y + row / 2, right, y + row / 2 + 2, at.ink)
     if layout == "boxed":
@@ -100,8 +103,9 @@ def chart(at: Page, layout: str, bars: Sequence[tuple[str, int]]) -> None:
     same = rng.random() < 0.4
     if layout in ("flat", "flat_inside"):
         at.fit(longest + 10, len(bars) * 1.25 + 0.6)
-        left = 8 + int(longest * at.size * 0.64)
-        room = canvas.width - left - (at.size * 2.2 if layout == "flat" else 6)
+        left = 8 + int(longest * at.size * 0.74)
+        digits = max(len(str(value)) for _, value in bars)
+        room = canvas.width - left - (at.size * 0.72 * digits + 10 if layout == "flat" else 6)
         row = (canvas.height - 12) / len(bars)
         for i, (name, value) in enumerate(bars):
             y, colour = 6 + row * (i + 0.5), colours[0 if same else i % len(colours)]
@@ -312,8 +316,8 @@ def written(at: Page, layout: str, left: int, sign: str, right: int) -> None:
     if sign == "×" and at.font.startswith("cm"):
         sign = "x"  # Computer Modern's text fonts have no times sign
     line = f"{left} {sign} {right}"
-    at.size = max(14, min(round(at.size * rng.uniform(1, 1.6)), int(canvas.width / (len(line) + 4) / 0.62)))
-    width, middle = at.size * 0.62 * (len(line) + 3), canvas.width / 2
+    at.size = max(14, min(round(at.size * rng.uniform(1, 1.6)), int(canvas.width / (len(line) + 4) / 0.7)))
+    width, middle = at.size * 0.68 * (len(line) + 3), canvas.width / 2
     x = rng.uniform(width / 2 + 4, max(width / 2 + 4, canvas.width - width / 2 - 4))
     y = rng.uniform(at.size * 1.4, max(at.size * 1.4, canvas.height - at.size * 3.2))
     if layout in ("line", "board", "card"):
