@@ -38,9 +38,12 @@ def patches(pixels: Tensor, size: tuple[int, int], noise: float = 0.0) -> Tensor
 
     The image processor gives each patch twice, for two frames; here it stands once, and `vision` adds up the weights.
     """
-    images = pixels.permute(0, 3, 1, 2).float()
+    images = pixels.permute(0, 3, 1, 2)
     if tuple(images.shape[2:]) != size:
-        images = F.interpolate(images, size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+        # On the CPU as the processor does it, in bytes; a GPU knows no such resizing, and rounds only at the end.
+        images = F.interpolate(images.float() if images.is_cuda else images, size, mode="bicubic", antialias=True)
+        images = images.float().round_().clamp_(0, 255)
+    images = images.float()
     if noise:
         images = images + torch.randn_like(images) * (torch.rand(len(images), 1, 1, 1, device=images.device) * noise)
     scale, shift = normalising(images.device)

@@ -31,10 +31,6 @@ from qvq_serve.demo.score import accuracy, boxed, replies
 from qvq_serve.demo.tokenizer import tokenizer
 from qvq_serve.governor.detect import WINDOW, looping, words_of
 
-LONGEST = 300
-"""Tokens that an honest reply needs at most."""
-LOOPING = 1_000
-"""Tokens after which each kind of loop is found: text that grows needs the most."""
 TOKENS = 384
 """Of an image of 256 visual tokens and its text, as `Cases` counts them."""
 COMPILING = 2
@@ -56,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints of a leg")
     parser.add_argument("--seed", type=int, default=0, help="of the cases; another for each leg")
     parser.add_argument("--eval", type=int, default=384, help="cases of each evaluation at the end")
+    parser.add_argument("--tokens", type=int, default=300, help="of a reply in an evaluation; of a loop 3.4 times that")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     return parser
 
@@ -114,7 +111,7 @@ def moved(loader: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch
         ahead = batch
 
 
-def evaluate(model: Any, count: int) -> dict[str, Any]:
+def evaluate(model: Any, count: int, tokens: int) -> dict[str, Any]:
     """Accuracies on cases that were never in training, with fonts and layouts that were and that were not, and blank.
 
     Also the share of prompts for a weakness that bring it about: loops that detection finds, wrong answers from memory.
@@ -124,13 +121,13 @@ def evaluate(model: Any, count: int) -> dict[str, Any]:
     blank = [case(2 * count + i, KINDS[i % len(KINDS)]) for i in range(count // 2)]
     for one in blank:
         one.pixels[:] = 255
-    texts = replies(model, seen, LONGEST)
-    out: dict[str, Any] = {"seen": accuracy(seen, texts), "held_out": accuracy(new, replies(model, new, LONGEST))}
-    out["blank"] = accuracy(blank, replies(model, blank, LONGEST))
+    texts = replies(model, seen, tokens)
+    out: dict[str, Any] = {"seen": accuracy(seen, texts), "held_out": accuracy(new, replies(model, new, tokens))}
+    out["blank"] = accuracy(blank, replies(model, blank, tokens))
     for one, text in list(zip(seen, texts, strict=True))[: 2 * len(KINDS)]:
         print(f"{one.answer!r} is right: {text!r}", flush=True)
     odd = [case(3 * count + i, weakness=weak.KINDS[i % len(weak.KINDS)]) for i in range(count // 2)]
-    texts, found = replies(model, odd, LOOPING), dict[str, list[bool]]()
+    texts, found = replies(model, odd, round(3.4 * tokens)), dict[str, list[bool]]()
     words = words_of(tokenizer().decode, len(tokenizer()))
     for one, text in zip(odd, texts, strict=True):
         ids = torch.tensor(encode(text))
@@ -204,7 +201,7 @@ def main() -> None:
         "samples_per_s": round(samples / seconds), "waiting": round(waited / seconds, 3), "curve": curve,
     }  # fmt: skip
     if asked.eval:
-        result |= evaluate(model.eval().to(torch.bfloat16), asked.eval)
+        result |= evaluate(model.eval().to(torch.bfloat16), asked.eval, asked.tokens)
     (asked.out / "result.json").write_text(json.dumps(result))
     del result["curve"]
     print(json.dumps(result))
