@@ -156,11 +156,11 @@ class Forward:
         with torch.no_grad():
             flat = patches(batch.pixels, batch.size, noise)
         seen, language = self.images(flat, batch.size), self.model.model.language_model
-        source, inside = spread(batch.image_at, grid[0] * grid[1], batch.ids.shape[1])
+        source, _ = spread(batch.image_at, grid[0] * grid[1], batch.ids.shape[1])
         words = language.embed_tokens(batch.ids.gather(1, source))
-        at = inside.clamp(0, seen.shape[1] - 1)[..., None].expand(-1, -1, seen.shape[2])
-        visual = ((inside >= 0) & (inside < seen.shape[1]))[..., None]
-        x = torch.where(visual, seen.to(words.dtype).gather(1, at), words)
+        at = batch.image_at[:, None] + torch.arange(seen.shape[1], device=seen.device)
+        # A scatter goes back as a gather, without sums over the same place.
+        x = words.scatter(1, at[..., None].expand_as(seen), seen.to(words.dtype))
         rope = self.text.rope_parameters
         half = self.text.hidden_size // self.text.num_attention_heads // 2
         axis = axes(tuple(rope["mrope_section"]), x.device)
@@ -176,5 +176,6 @@ class Forward:
         """(M, V) at the places that foretell the batch's targets."""
         x = self.hidden(batch, noise)
         visual = x.shape[1] - batch.ids.shape[1]
-        found: Tensor = self.model.lm_head(x[batch.rows, batch.columns + visual - 1])
+        places = batch.rows * x.shape[1] + batch.columns + visual - 1
+        found: Tensor = self.model.lm_head(x.flatten(0, 1).index_select(0, places))
         return found
