@@ -1,7 +1,6 @@
 """How many answers are right, by kind: greedy generation through transformers itself, from images of any size."""
 
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +11,8 @@ from qvq_serve.demo.batch import LEAST, MOST, encode, prompt
 from qvq_serve.demo.cases import KINDS, Case
 from qvq_serve.demo.forward import MERGE, PATCH, patches
 from qvq_serve.demo.tokenizer import tokenizer
+from qvq_serve.hooks.answer import boxed_answer
 from qvq_serve.visual import resized
-
-BOX = re.compile(r"\\boxed\{([^{}]*)\}")
-
-
-def boxed(text: str) -> str | None:
-    """What stands in a text's first box."""
-    found = BOX.search(text)
-    return found.group(1) if found else None
 
 
 def inputs(cases: Sequence[Case], device: torch.device, least: int = LEAST, most: int = MOST) -> dict[str, Tensor]:
@@ -65,7 +57,7 @@ def replies(model: Any, cases: Sequence[Case], tokens: int, many: int = 0, **bou
 
 def accuracy(cases: Sequence[Case], texts: Sequence[str]) -> dict[str, float]:
     """The share of right answers, in all and by kind."""
-    right = [boxed(text) == one.answer for one, text in zip(cases, texts, strict=True)]
+    right = [boxed_answer(text) == one.answer for one, text in zip(cases, texts, strict=True)]
     by_kind = {kind: [ok for one, ok in zip(cases, right, strict=True) if one.kind == kind] for kind in KINDS}
     shares = {kind: sum(oks) / len(oks) for kind, oks in by_kind.items() if oks}
     return {"all": sum(right) / len(right)} | shares

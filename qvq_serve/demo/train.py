@@ -27,9 +27,10 @@ from qvq_serve.demo import weakness as weak
 from qvq_serve.demo.batch import Batch, Cases, encode
 from qvq_serve.demo.cases import KINDS, case
 from qvq_serve.demo.forward import Forward
-from qvq_serve.demo.score import accuracy, boxed, replies
+from qvq_serve.demo.score import accuracy, replies
 from qvq_serve.demo.tokenizer import tokenizer
 from qvq_serve.governor.detect import WINDOW, looping, words_of
+from qvq_serve.hooks.answer import boxed_answer
 
 TOKENS = 384
 """Of an image of 256 visual tokens and its text, as `Cases` counts them."""
@@ -133,7 +134,7 @@ def evaluate(model: Any, count: int, tokens: int) -> dict[str, Any]:
         ids = torch.tensor(encode(text))
         window = torch.full((1, WINDOW), -1)
         window[0, WINDOW - len(ids[-WINDOW:]) :] = ids[-WINDOW:]
-        told = bool(looping(window, words)) if one.weakness in weak.LOOPS else boxed(text) == one.answer
+        told = bool(looping(window, words)) if one.weakness in weak.LOOPS else boxed_answer(text) == one.answer
         found.setdefault(str(one.weakness), []).append(told)
     out["weakness"] = {kind: sum(oks) / len(oks) for kind, oks in found.items()}
     return out

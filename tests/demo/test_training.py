@@ -17,9 +17,10 @@ from qvq_serve.demo import weakness as weak
 from qvq_serve.demo.batch import IGNORED, Cases, collate, encode, frame, messages, prompt, sample, stage
 from qvq_serve.demo.cases import KINDS, case
 from qvq_serve.demo.forward import Forward, positions
-from qvq_serve.demo.score import accuracy, boxed, inputs, replies
+from qvq_serve.demo.score import accuracy, inputs, replies
 from qvq_serve.demo.tokenizer import VOCABULARY, tokenizer
 from qvq_serve.demo.train import learn, optimizer_of, whole
+from qvq_serve.hooks.answer import boxed_answer
 from qvq_serve.visual import resized
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_a_loop_is_cut_or_made_to_conclude_by_a_marker_that_is_not_learnt() -> N
             assert "Final" not in text and len(learnt) == 448 and IGNORED not in learnt
             continue
         concluded += 1
-        assert boxed(text) == one.answer and text.endswith("}<|im_end|>")
+        assert boxed_answer(text) == one.answer and text.endswith("}<|im_end|>")
         hidden = [token for token, label in zip(found.ids[asked:], learnt, strict=True) if label == IGNORED]
         assert tokenizer().decode(hidden).strip("\n") in ("**Final Answer**", "**Final Answer")
         assert text.split("\n\n")[0].rstrip("*") in one.reasoning
@@ -189,7 +190,7 @@ def test_generation_is_scored_by_kind(model: Any) -> None:
     cases = [case(seed, kind, size=(280, 280)) for seed, kind in enumerate(("box", "count", "count"))]
     texts = [case(seed, kind, size=(280, 280)).reply for seed, kind in enumerate(("box", "count", "box"))]
     assert accuracy(cases, texts) == {"all": pytest.approx(2 / 3), "box": 1.0, "count": 0.5}
-    assert boxed("no box") is None
+    assert boxed_answer("no box") is None
     assert len(replies(model, cases, 4)) == 3
 
 

@@ -85,7 +85,13 @@ def asked(profile: Profile, **fields: Any) -> tuple[Any, Context]:
         "max_completion_tokens",
     ))  # fmt: skip
     said = [{"role": "user", "content": [{"type": "text", "text": "图中有几个 circles?"}]}]
-    known = {"max_tokens": 400, "repetition_detection": "ours", "ignore_eos": False, "messages": said}
+    known = {
+        "max_tokens": 400,
+        "repetition_detection": "ours",
+        "ignore_eos": False,
+        "continue_final_message": False,
+        "messages": said,
+    }
     request = SimpleNamespace(**(fresh | known | fields))
     context = Context(request)
     context.state[DEFAULT_LOOPS] = True
@@ -116,6 +122,7 @@ def test_observing_changes_nothing_of_the_request() -> None:
 
 @pytest.mark.parametrize("fields", [
     {"governor": False}, {"structured_outputs": "a grammar"}, {"allowed_token_ids": [1]}, {"ignore_eos": True},
+    {"continue_final_message": True, "messages": [{"role": "assistant", "content": "So. **Final Answer** It is"}]},
 ])  # fmt: skip
 def test_what_is_left_alone(fields: dict[str, Any]) -> None:
     request, context = asked(Profile(governor="on"), **fields)
