@@ -95,6 +95,24 @@ class Prepared:
         self.pool.shutdown(cancel_futures=True)
 
 
+def no_server(target: Target, error: Exception) -> UsageError:
+    return UsageError(f"--url {target.url}: no server answers there ({error}).")
+
+
+async def first_model(pool: aiohttp.ClientSession, target: Target) -> str:
+    """The first model that the server lists. Raises ConnectionError without a server, UsageError without a model."""
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    url = f"{target.url}/v1/models"
+    try:
+        with client.connection_errors():
+            async with pool.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as response:
+                if response.status != 401:
+                    return str((await response.json())["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise UsageError(f"{url}: lists no model. Name it by --model.") from None
+    raise UsageError(f"--url {target.url}: the server wants a key: --key or QVQ_API_KEY.")
+
+
 class Bench:
     """An open session with a server. `async with Bench(...)`; raises UsageError where there is no server."""
 
@@ -108,30 +126,18 @@ class Bench:
         self.watch = Watcher(self.session, self.target.metrics, urlsplit(self.target.url).hostname in LOCAL)
         self.prepared = Prepared(self.workload)
         try:
-            self.model = self.model or await self.first_model()
+            self.model = self.model or await first_model(self.session, self.target)
             self.before = await self.watch()
         except BaseException as error:
             await self.__aexit__()
             if isinstance(error, ConnectionError):
-                raise UsageError(f"--url {self.target.url}: no server answers there ({error}).") from None
+                raise no_server(self.target, error) from None
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.prepared.close()
         await self.session.close()
-
-    async def first_model(self) -> str:
-        headers = {"Authorization": f"Bearer {self.target.key}"} if self.target.key else {}
-        url = f"{self.target.url}/v1/models"
-        try:
-            with client.connection_errors():
-                async with self.session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as response:
-                    if response.status != 401:
-                        return str((await response.json())["data"][0]["id"])
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise UsageError(f"{url}: lists no model. Name it by --model.") from None
-        raise UsageError(f"--url {self.target.url}: the server wants a key: --key or QVQ_API_KEY.")
 
     async def step(self, level: float, what: str = "") -> tuple[dict[str, Any], Measured]:
         """Puts one load on the server; its summary, and all that was measured. Ctrl-C ends it early (`interrupted`)."""

@@ -123,6 +123,22 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     several.add_argument("--out", type=Path, required=True, metavar="DIR", help="result files and report.html")
     several.add_argument("--resume", action="store_true", help="go on from the result files there")
 
+    quality = add("quality", "ask a suite of questions, and tell how many answers are right", run_quality)
+    target_flags(quality)
+    quality.add_argument("--suite", default="demo", metavar="NAME", help="demo, demo-seen, demo-blank, demo-weak, "
+                         "tutorial, mmmu, mathvista, mathvision, olympiadbench (default %(default)s)")  # fmt: skip
+    quality.add_argument("--data", type=Path, metavar="PATH", help="the files of a public set, in its own format")
+    quality.add_argument("--limit", type=int, default=500, metavar="N", help="questions, at most (default 500)")
+    quality.add_argument("--first", type=int, default=0, metavar="SEED", help="the first drawn case (default 0)")
+    quality.add_argument("--users", type=int, default=16, metavar="N", help="questions at a time (default 16)")
+    quality.add_argument(
+        "--body", default="{}", metavar="JSON",
+        help='added to each request, for example \'{"temperature": 0, "governor": {"loop": true}}\'',
+    )  # fmt: skip
+    quality.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="seconds that a request may take")
+    quality.add_argument("--quiet", action="store_true", help="no line of progress")
+    quality.add_argument("--out", type=Path, metavar="FILE", help="write a result file")
+
     report = add("report", "make one HTML page and a Markdown table of result files", run_report)
     report.add_argument("results", nargs="+", type=Path, metavar="FILE")
     report.add_argument("--out", type=Path, metavar="FILE", help="the HTML page (default: beside the first result)")
@@ -273,6 +289,32 @@ def run_several(options: argparse.Namespace) -> int:
     workload = workload_of(options)
     settings = sweep_settings(options, workload)
     return until_interrupted(serve_and_sweep(options, workload, plan_of(options), settings))
+
+
+def run_quality(options: argparse.Namespace) -> int:
+    from qvq_bench.quality import measure
+    from qvq_bench.suites import DRAWN, READ, items
+    from qvq_serve.errors import nearest
+
+    known = [*DRAWN, *READ]
+    if options.suite not in known:
+        raise UsageError(f"--suite {options.suite}: unknown.{nearest(options.suite, known)} Known: {', '.join(known)}.")
+    for name in ("limit", "users"):
+        if (value := getattr(options, name)) < 1:
+            raise UsageError(f"--{name} {value}: must be 1 or more.")
+    try:
+        body = json.loads(options.body)
+    except ValueError as error:
+        raise UsageError(f"--body {options.body}: is no JSON ({error}).") from None
+    if not isinstance(body, dict):
+        raise UsageError(f"--body {options.body}: must be an object, such as {{}}.")
+    asked = list(items(options.suite, options.data, options.first, options.limit))
+    if not asked:
+        raise UsageError(f"--suite {options.suite}: there are no questions in it.")
+    return until_interrupted(measure(
+        target_of(options), options.suite, asked, body, options.users, options.out, options.argv,
+        not options.quiet and sys.stderr.isatty(),
+    ))  # fmt: skip
 
 
 def run_report(options: argparse.Namespace) -> int:

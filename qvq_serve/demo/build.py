@@ -1,6 +1,7 @@
 """Builds the demo model: seeded random weights in Qwen2-VL's architecture, and a byte-level tokenizer of its own."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -43,9 +44,11 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwe
     )  # fmt: skip
 
 
-def build_config(tokenizer: Qwen2TokenizerFast, vocab_size: int) -> Qwen2VLConfig:
-    """The demo's geometry (configs/demo.json; it splits over 2 GPUs) with a tokenizer's ids and vocabulary size."""
-    geometry = read_config(config_path(DEMO))
+def build_config(
+    tokenizer: Qwen2TokenizerFast, vocab_size: int, geometry: dict[str, Any] | None = None
+) -> Qwen2VLConfig:
+    """A geometry (configs/demo.json, if none is given; it splits over 2 GPUs) with a tokenizer's ids and size."""
+    geometry = geometry or read_config(config_path(DEMO))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     geometry["text_config"] |= {
         "vocab_size": vocab_size, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -70,6 +73,11 @@ def build_checkpoint(directory: Path, vocab: dict[str, int], merges: list[tuple[
     # Random weights would mostly write halves of UTF-8 characters, which show as nothing; this leaves them plain text.
     with torch.no_grad():
         model.lm_head.weight[[i for token, i in tokenizer.get_vocab().items() if not is_plain(token)]] = 0
+    save(model, tokenizer, directory)
+
+
+def save(model: Qwen2VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast, directory: Path) -> None:
+    """Writes a model in BF16 and all that vLLM and transformers read beside it."""
     model.generation_config.update(do_sample=False)
     model.to(torch.bfloat16).save_pretrained(directory)
     Qwen2VLProcessor(

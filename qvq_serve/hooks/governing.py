@@ -11,7 +11,7 @@ from typing import Any
 from qvq_serve.governor.policy import SCRIPTS, UNLIMITED, XARG, Orders, orders, read_policy, script_bits, within
 from qvq_serve.hooks import Context, Hook, Refuse, content_parts
 from qvq_serve.hooks.language import scripts
-from qvq_serve.hooks.request import DEFAULT_LOOPS
+from qvq_serve.hooks.request import DEFAULT_LOOPS, is_answering
 from qvq_serve.profile import Profile
 
 GOVERNED = "governor's orders"
@@ -38,8 +38,8 @@ class Governing(Hook):
             return
         if given is False or request.structured_outputs is not None or request.allowed_token_ids:
             return  # a grammar leaves no room for a conclusion; a budget of vLLM's own ends its reasoning
-        if request.ignore_eos and self.profile.governor == "on":
-            return  # it is to go on, whatever it writes
+        if is_answering(request) or (request.ignore_eos and self.profile.governor == "on"):
+            return  # its conclusion is in the prompt; or it is to go on, whatever it writes
         asked = dict(given) if isinstance(given, dict) else {}
         try:
             named = asked.pop("scripts", None)

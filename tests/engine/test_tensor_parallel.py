@@ -23,6 +23,8 @@ def test_two_workers_answer_as_one_does(server: Server, cache: Path) -> None:
     alone = [greedy_tokens(server, seed) for seed in (1, 2, 3)]
     assert len({tuple(tokens) for tokens in alone}) == 3
     assert min(len(set(tokens)) for tokens in alone) > 12
-    with serving(cache, "--demo", "--tp", "2") as two:
+    with serving(cache, "--demo", "--tp", "2", "--governor", "on") as two:
         assert workers_of(two) == 2
         assert [greedy_tokens(two, seed) for seed in (1, 2, 3)] == alone
+        looped = two.chat(user("How much?"), max_tokens=400, logit_bias={"66": 100}).json()["qvq"]
+        assert looped["ended"] == "looped" and looped["governor"] == {"found": "loop", "period": 1}

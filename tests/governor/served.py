@@ -14,14 +14,9 @@ import httpx
 
 Ask = Callable[..., dict[str, Any]]
 LOOP = {"logit_bias": {"66": 100}}
-FLAGS = [
-    "--max-queued-requests",
-    "100",
-    "--governor",
-    "on",
-    "--governor-policy",
-    "language,look=1,sure=0.999,circling=3",
-]
+POLICY = "language,look=1,sure=0.999,circling=3"
+FLAGS = ["--max-queued-requests", "100", "--governor", "on", "--governor-policy", POLICY]
+NO_DETECTION = {"repetition_detection": {"max_pattern_size": 0}}
 NO_ENDS = {"loop": False, "budget": False}
 """Made-up weights loop by themselves."""
 
@@ -87,14 +82,14 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     yield "each of n choices", all(seen.get("governor", {}).get("found") == "loop" for seen in several), several
 
     for budget in (8, 100):
-        seen = ask(max_tokens=300, thinking_token_budget=budget, governor={"loop": False})["qvq"]
+        seen = ask(max_tokens=300, thinking_token_budget=budget, governor={"loop": False}, **NO_DETECTION)["qvq"]
         held = seen["governor"]["found"] == "budget" and budget <= seen["reasoning_tokens"] <= budget + 2
         yield f"a budget of {budget}", held, seen
 
-    let_be = ask(**LOOP, governor=False, repetition_detection={"max_pattern_size": 0}, max_tokens=300)["qvq"]
+    let_be = ask(**LOOP, governor=False, **NO_DETECTION, max_tokens=300)["qvq"]
     yield "not where the request says no", let_be["ended"] == "length" and "governor" not in let_be, let_be
 
-    plain = {"max_tokens": 60, "logprobs": True, "top_logprobs": 3}
+    plain = NO_DETECTION | {"max_tokens": 60, "logprobs": True, "top_logprobs": 3}
     ask(**plain)  # the prompt's prefix comes from the cache for both
     with_it, without = ask(**plain, governor=NO_ENDS), ask(**plain, governor=False)
     yield "who triggers nothing is left alone to the bit", raw(with_it) == raw(without), raw(with_it)[0]

@@ -86,9 +86,19 @@ def test_hooks_are_loaded_by_name_beside_ours_and_can_be_left_out(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     mine = "beside_the_user:Mine"
-    assert [hook.name for hook in load(Profile(hook=mine))] == ["request", "answer", "language", "Mine"]
-    assert [hook.name for hook in load(Profile(hook=mine, without_hooks="answer,Mine"))] == ["request", "language"]
-    assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == ["request", "answer", "language", "guard"]
+    assert [hook.name for hook in load(Profile(hook=mine))] == ["request", "governor", "answer", "language", "Mine"]
+    assert [hook.name for hook in load(Profile(hook=mine, without_hooks="answer,Mine"))] == [
+        "request",
+        "governor",
+        "language",
+    ]
+    assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == [
+        "request",
+        "governor",
+        "answer",
+        "language",
+        "guard",
+    ]
 
 
 def test_hooks_of_installed_packages_come_last_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

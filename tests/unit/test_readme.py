@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qvq_serve.governor.policy import NAMES, Policy
 from qvq_serve.hooks import Answer, Context, Refuse
 from qvq_serve.hooks.chain import Chain
 from qvq_serve.profile import Profile
@@ -35,6 +37,12 @@ def test_the_readme_has_the_flags_of_the_program() -> None:
     text = README.read_text()
     assert BLOCK.search(text)
     assert written(text) == text, "python -m tests.unit.test_readme writes them"
+
+
+def test_the_readme_has_the_switches_of_the_governor() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", README.read_text(), re.MULTILINE)
+    switches = [(o.name, str(o.default).lower(), o.metadata["help"]) for o in fields(Policy)]
+    assert [row for row in rows if row[0] in NAMES] == switches
 
 
 def test_the_readme_names_only_files_that_exist() -> None:

@@ -1,0 +1,75 @@
+"""Checkpoints of the training, in parts that a transfer takes, and the model as it is served."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from qvq_serve.demo.build import build_config, save
+from qvq_serve.demo.tokenizer import VOCABULARY, tokenizer
+from qvq_serve.model import read_config
+
+CONFIG = Path(__file__).parent / "config.json"
+PART = 15 * 2**20
+"""Bytes of a part."""
+NAME = "checkpoint.pt"
+
+
+def new_model(seed: int = 72) -> Qwen2VLForConditionalGeneration:
+    """The demo's model with seeded random weights, in float32."""
+    torch.manual_seed(seed)
+    return Qwen2VLForConditionalGeneration(build_config(tokenizer(), VOCABULARY, read_config(CONFIG)))
+
+
+def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> list[Path]:
+    """Writes the weights (float16), AdamW's second moments (BF16) and the state; returns the parts, three for now.
+
+    The first moments are dropped: they come back within a few steps, and cost 20 MB.
+    """
+    moments, step = {}, 0
+    if optimizer is not None:
+        for name, weight in model.named_parameters():
+            if kept := optimizer.state.get(weight):
+                moments[name], step = kept["exp_avg_sq"].to(torch.bfloat16).cpu(), int(kept["step"])
+    weights = {name: weight.detach().to(torch.float16).cpu() for name, weight in model.named_parameters()}
+    whole = io.BytesIO()
+    torch.save({"weights": weights, "moments": moments, "step": step, "state": state}, whole)
+    data, paths = whole.getvalue(), []
+    for old in directory.glob(f"{NAME}.*"):
+        old.unlink()
+    for i in range(0, len(data), PART):
+        paths.append(directory / f"{NAME}.{i // PART}")
+        paths[-1].write_bytes(data[i : i + PART])
+    return paths
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What `write` wrote. Raises FileNotFoundError where a directory has no part of a checkpoint."""
+    parts = sorted(directory.glob(f"{NAME}.*"), key=lambda path: int(path.suffix[1:]))
+    if not parts:
+        raise FileNotFoundError(f"no {NAME}.0 in {directory}")
+    whole = io.BytesIO(b"".join(path.read_bytes() for path in parts))
+    found: dict[str, Any] = torch.load(whole, weights_only=True)
+    return found
+
+
+def load(model: Any, optimizer: torch.optim.Optimizer | None, kept: dict[str, Any]) -> None:
+    """Puts a checkpoint into a model and its optimizer."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(kept["weights"][name])
+            if optimizer is not None and name in kept["moments"]:
+                moment = kept["moments"][name].to(weight)
+                optimizer.state[weight] = {
+                    "step": torch.tensor(float(kept["step"]), device=weight.device if weight.is_cuda else None),
+                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": moment,
+                }  # fmt: skip
+
+
+def export(checkpoint: Path, directory: Path) -> None:
+    """Writes a checkpoint's model as vLLM and transformers load it."""
+    model = new_model()
+    load(model, None, read(checkpoint))
+    save(model, tokenizer(), directory)

@@ -1,0 +1,264 @@
+"""Quality: the rules of each data set, its files in its own format, and a suite asked over a real socket."""
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from aiohttp import web
+from PIL import Image
+from pyarrow import parquet
+from qvq_bench import answers
+from qvq_bench.bench import Target
+from qvq_bench.cli import main
+from qvq_bench.quality import interval, measure
+from qvq_bench.suites import Item, items
+
+from qvq_serve.errors import UsageError
+
+
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("answer", "expected", "right"), [
+    ("\\frac{1}{2}", "0.5", True), ("2\\sqrt{2}", "\\sqrt{8}", True), ("1,200", "1200", True),
+    ("60^\\circ", "60", True),
+    ("12 \\text{ cm}", "12", True), ("x = 5", "5", True), ("(1, 2)", "(1,2)", True), ("3.14", "3.15", False),
+    ("\\frac{1}{3}", "0.5", False), ("[0,1)", "[0,1]", False), ("a cat", "12", False), ("", "12", False),
+])  # fmt: skip
+def test_mathematical_equality(answer: str, expected: str, right: bool) -> None:
+    assert answers.mathematical(answer, expected) is right
+
+
+@pytest.mark.parametrize(("answer", "named"), [
+    ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) blue", "B"), ("blue", "B"), ("Blue ", "B"), ("green", None),
+    ("D", None), ("Because", None), ("", None),
+])  # fmt: skip
+def test_an_option_is_named_by_letter_or_text(answer: str, named: str | None) -> None:
+    assert answers.letter(answer, ["red", "blue", "yellow"]) == named
+
+
+@pytest.mark.parametrize(("answer", "expected", "options", "right"), [
+    ("C", ["C"], ["1", "2", "3"], True), ("3", ["C"], ["1", "2", "3"], True), ("B", ["C"], ["1", "2", "3"], False),
+    ("about 4.004", ["4"], [], False), ("4.004", ["4"], [], True), ("4.01", ["4"], [], False),
+    ("the left ventricle", ["ventricle", "heart"], [], True), ("lung", ["ventricle", "heart"], [], False),
+])  # fmt: skip
+def test_mmmus_rule(answer: str, expected: list[str], options: list[str], right: bool) -> None:
+    assert answers.mmmu(answer, expected, options) is right
+
+
+@pytest.mark.parametrize(("answer", "expected", "options", "kind", "precision", "right"), [
+    ("A", "larger", ["larger", "smaller"], "text", None, True),
+    ("largr", "larger", ["larger", "smaller"], "text", None, True),
+    ("B", "larger", ["larger", "smaller"], "text", None, False),
+    ("7.9", "7", [], "integer", None, True), ("8", "7", [], "integer", None, False),
+    ("0.333", "0.33", [], "float", 2.0, True), ("0.34", "0.33", [], "float", 2.0, False),
+    ("[1, 2]", "[1,2]", [], "list", None, True), ("many", "7", [], "integer", None, False),
+])  # fmt: skip
+def test_mathvistas_rule(
+    answer: str, expected: str, options: list[str], kind: str, precision: float | None, right: bool
+) -> None:
+    assert answers.mathvista(answer, expected, options, kind, precision) is right
+
+
+@pytest.mark.parametrize(("answer", "expected", "options", "right"), [
+    ("D", "D", ["1", "2", "3", "4"], True), ("4", "D", ["1", "2", "3", "4"], True),
+    ("A", "D", ["1", "2", "3", "4"], False), ("\\frac{8}{2}", "D", ["1", "2", "3", "4"], True),
+    ("\\frac{8}{2}", "4", [], True), ("5", "4", [], False),
+])  # fmt: skip
+def test_mathvisions_rule(answer: str, expected: str, options: list[str], right: bool) -> None:
+    assert answers.mathvision(answer, expected, options) is right
+
+
+@pytest.mark.parametrize(("answer", "expected", "tolerance", "right"), [
+    ("\\frac{1}{2}", ["$0.5$"], None, True), ("1.02", ["1"], 0.05, True), ("1.2", ["1"], 0.05, False),
+    ("2, 1", ["1", "2"], None, True), ("1", ["1", "2"], None, False), ("1, 2, 3", ["1", "2"], None, False),
+    ("(1,2), (3,4)", ["$(3,4)$", "$(1,2)$"], None, True),
+])  # fmt: skip
+def test_olympiadbenchs_rule(answer: str, expected: list[str], tolerance: float | None, right: bool) -> None:
+    assert answers.olympiadbench(answer, expected, tolerance) is right
+
+
+def shown(item: Item) -> tuple[int, str]:
+    """How many images an item has, and its text."""
+    content = item.messages[-1]["content"]
+    return sum(part["type"] == "image_url" for part in content), content[-1]["text"]
+
+
+def test_mmmu_is_read_from_parquet(tmp_path: Path) -> None:
+    image = {"bytes": picture(), "path": "1.png"}
+    rows = [
+        {"id": "validation_Art_7", "question": "What is <image 1>?", "options": "['a hat', \"a cat's\"]", "answer": "B",
+         "question_type": "multiple-choice", "image_1": image, "image_2": None},
+        {"id": "validation_Art_Theory_12", "question": "How many? <image 1> <image 2>", "options": "[]",
+         "answer": "['3', 'three']", "question_type": "open", "image_1": image, "image_2": image},
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "validation-00000-of-00001.parquet")
+    first, second = items("mmmu", tmp_path, 0, 10)
+    assert (first.id, first.kind, second.kind) == ("validation_Art_7", "Art", "Art_Theory")
+    assert shown(first)[0] == 1 and "(A) a hat\n(B) a cat's\n" in shown(first)[1] and "letter" in shown(first)[1]
+    assert shown(second)[0] == 2 and "letter" not in shown(second)[1]
+    assert first.right("B") and not first.right("A") and second.right("three") and second.right("3.0")
+
+
+def test_mathvista_is_read_from_its_json_and_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").write_bytes(picture())
+    rows = {"1": {"question": "How long?", "image": "images/1.jpg", "choices": None, "unit": "cm", "precision": 1.0,
+                  "answer": "1.2", "question_type": "free_form", "answer_type": "float"},
+            "2": {"question": "Which?", "image": "1.jpg", "choices": ["larger", "smaller"], "unit": None,
+                  "precision": None, "answer": "smaller",
+                  "question_type": "multi_choice", "answer_type": "text"}}  # fmt: skip
+    (tmp_path / "testmini.json").write_text(json.dumps(rows))
+    first, second = items("mathvista", tmp_path / "testmini.json", 0, 10)
+    assert (
+        (first.id, shown(first)[0]) == ("1", 1) and "(Unit: cm)" in shown(first)[1] and "1 decimals" in shown(first)[1]
+    )
+    assert first.right("1.21") and second.right("B") and second.right("smaller") and not second.right("A")
+    assert second.kind == "multi_choice"
+
+
+def test_mathvision_is_read_from_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "4.jpg").write_bytes(picture())
+    row = {"id": "4", "question": "Which one?\n<image1>", "options": ["1", "2"], "image": "images/4.jpg", "answer": "B",
+           "level": 2, "subject": "logic"}  # fmt: skip
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n\n")
+    (only,) = items("mathvision", tmp_path / "test.jsonl", 0, 10)
+    assert only.kind == "level 2" and "<image1>" not in shown(only)[1] and only.right("2") and not only.right("1")
+
+
+def test_olympiadbench_is_read_from_parquet_without_its_proofs(tmp_path: Path) -> None:
+    image = {"bytes": picture(), "path": None}
+    common = {"context": "Two tasks.", "unit": "m", "error": "1e-1", "is_multiple_answer": False, "subject": "Physics",
+              "language": "English", "image_1": image, "question": "How far?"}  # fmt: skip
+    rows = [common | {"id": 5, "final_answer": ["$2.0$"]}, common | {"id": 6, "final_answer": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "OE_MM_physics_en_COMP.parquet")
+    (only,) = items("olympiadbench", tmp_path, 0, 10)
+    assert (only.id, only.kind, shown(only)[0]) == ("5", "Physics, English", 1) and "unit is m" in shown(only)[1]
+    assert only.right("2.05") and not only.right("2.5")
+
+
+@pytest.mark.parametrize(("suite", "write", "message"), [
+    ("mmmu", "nothing", "there is no file that ends with"),
+    ("mmmu", '{"question": "?"}', "a row has no 'options'"),
+    ("mathvision", '{"id": ', "cannot be read"),
+    ("mathvision", '{"id": "4", "question": "?", "options": [], "image": "gone.jpg", "answer": "1"}',
+     "gone.jpg is not there"),
+])  # fmt: skip
+def test_files_that_are_not_a_suites_are_refused_with_their_name(
+    suite: str, write: str, message: str, tmp_path: Path
+) -> None:
+    if write != "nothing":
+        (tmp_path / "rows.jsonl").write_text(write)
+    with pytest.raises(UsageError, match="--data") as refused:
+        list(items(suite, tmp_path, 0, 10))
+    assert message in str(refused.value)
+
+
+def test_the_demos_suites_ask_what_the_image_shows() -> None:
+    honest, weak = list(items("demo", None, 40, 20)), list(items("demo-weak", None, 40, 20))
+    assert {item.kind for item in honest} == {"invoice", "chart", "table", "count", "box", "written"}
+    assert {"exact", "memory", "rambling"} <= {item.kind for item in weak} and len(
+        list(items("tutorial", None, 0, 99))
+    ) == 6
+    again = list(items("demo", None, 40, 20))
+    assert [item.messages for item in again] == [item.messages for item in honest]
+    remembered = next(item for item in weak if item.kind == "memory")
+    assert remembered.right(remembered.expected) and remembered.expected not in ("100", "B, 50", "42")
+    blank = next(items("demo-blank", None, 40, 1))
+    assert blank.expected == honest[0].expected and blank.messages != honest[0].messages
+
+
+def test_wilsons_interval_holds_what_it_should() -> None:
+    low, high = interval(9, 10)
+    assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
+    assert interval(0, 12)[0] == pytest.approx(0, abs=1e-12) and interval(12, 12)[1] == pytest.approx(1)
+
+
+@contextmanager
+def answering(replies: dict[str, dict[str, Any] | int]) -> Iterator[str]:
+    """A server that answers by the last word of the question; a number is a status of its own."""
+
+    async def chat(request: web.Request) -> web.Response:
+        body = await request.json()
+        made = replies[body["messages"][-1]["content"][-1]["text"].split()[-1]]
+        if isinstance(made, int):
+            return web.json_response({"error": {"message": "no", "code": made}}, status=made)
+        assert body["model"] == "some-model" and body["temperature"] == 0
+        return web.json_response(made)
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "some-model"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models)])
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    import threading
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(runner.cleanup())
+
+
+def completion(content: str, tokens: int, qvq: dict[str, Any] | None, finish: str = "stop") -> dict[str, Any]:
+    choice = {"message": {"content": content, "reasoning": "I see."}, "finish_reason": finish}
+    return {"choices": [choice], "usage": {"completion_tokens": tokens}} | ({"qvq": qvq} if qvq else {})
+
+
+def test_a_suite_is_asked_judged_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    governed = {"ended": "concluded", "reasoning_tokens": 80, "language_switches": 3, "governor": {"found": "loop"}}
+    replies: dict[str, dict[str, Any] | int] = {
+        "one": completion("\\boxed{1}", 10, {"ended": "answered", "reasoning_tokens": 5, "language_switches": 1}),
+        "two": completion("\\boxed{3}", 20, governed), "three": completion("I do not know", 30, None, "length"),
+        "four": 503,
+    }  # fmt: skip
+    asked = [
+        Item(word, "odd" if at % 2 else "even", [{"role": "user", "content": [{"type": "text", "text": f"a {word}"}]}],
+             str(at), lambda answer, at=at: answer == str(at))
+        for at, word in enumerate(replies, 1)
+    ]  # fmt: skip
+    out = tmp_path / "quality.json"
+    with answering(replies) as url:
+        code = asyncio.run(measure(Target(url), "demo", asked, {"temperature": 0}, 2, out, ["quality"], False))
+    told = json.loads(capsys.readouterr().out)
+    assert code == 1 and (told["count"], told["right"], told["answered"]) == (4, 1, 0.5)
+    assert told["by_kind"]["odd"]["right"] == 1 and told["by_kind"]["even"]["count"] == 2
+    assert told["ended"] == {"answered": 1, "concluded": 1, "length": 1, "error": 1} and told["governor"] == {"loop": 1}
+    assert (told["output_tokens"], told["reasoning_tokens"], told["language_switches"]) == (15.0, 21.25, 1.0)
+    assert told["errors"] == {"no": 1}
+    written = json.loads(out.read_text())
+    assert [each["answer"] for each in written["answers"]] == ["1", "3", None, None]
+    assert written["kind"] == "quality" and written["summary"]["right"] == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--suite", "mmmmu"], "--suite mmmmu: unknown. Did you mean 'mmmu'?"),
+    (["--suite", "mathvista"], "--suite mathvista: --data names its files"),
+    (["--limit", "0"], "--limit 0: must be 1 or more"),
+    (["--body", "[1]"], "--body [1]: must be an object"),
+    (["--body", "{"], "--body {: is no JSON"),
+    (["--url", "http://127.0.0.1:9", "--limit", "1"], "no server answers there"),
+])  # fmt: skip
+def test_what_cannot_be_asked_is_said_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", *arguments]) == 2
+    assert message in capsys.readouterr().err
