@@ -91,8 +91,8 @@ def image_bytes(given: Any, beside: Path) -> bytes | None:
     """An image of a row: bytes of a Parquet file, or the name of a file below the data set's folder."""
     if isinstance(given, dict):
         given = given.get("bytes") or given.get("path")
-    if isinstance(given, bytes) or given is None:
-        return given
+    if given is None or isinstance(given, bytes):
+        return bytes(given) if given else None
     folder = beside if beside.is_dir() else beside.parent
     found = next((at for at in (folder / given, folder / "images" / given) if at.is_file()), None)
     if found is None:
