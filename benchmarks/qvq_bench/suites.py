@@ -92,9 +92,9 @@ def image_bytes(given: Any, beside: Path) -> bytes | None:
     if isinstance(given, dict):
         given = given.get("bytes") or given.get("path")
     if given is None or isinstance(given, bytes):
-        return bytes(given) if given else None
+        return given
     folder = beside if beside.is_dir() else beside.parent
-    found = next((at for at in (folder / given, folder / "images" / given) if at.is_file()), None)
+    found = next((at for at in (folder / str(given), folder / "images" / str(given)) if at.is_file()), None)
     if found is None:
         raise UsageError(f"--data {beside}: the image {given} is not there.")
     return found.read_bytes()
