@@ -2,10 +2,10 @@
 
     python -m benchmarks.detection RESULT.json [TEXTS]
 
-Loops: each kind of `tests/governor/cases.py` with 40 seeds, half of them held out of tuning, and those reported in
-public. Honest: TEXTS (1,000) texts of 8,192 tokens, looked at every EVERY tokens. A find is due within 2 periods +
-2 EVERY tokens after a loop's start, or 1,536 where it has no period; `strict` counts 2 periods + EVERY, `later` 4
-periods + 4 EVERY. Delays are in tokens.
+Loops: each kind of `tests/governor/cases.py` with 100 seeds of tuning and 100 held out, and those reported in public.
+Honest: TEXTS (1,000) texts of 8,192 tokens of each half, looked at every EVERY tokens. A find is due within 2 periods +
+K tokens after a loop's start, K = EVERY + MORE, or 1,536 where it has no period; `strict` counts 2 periods + EVERY,
+`later` 4 periods + 2 K. Delays are in tokens.
 """
 
 import datetime
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks.startup import machine
-from qvq_serve.governor.detect import EVERY, repetition
+from qvq_serve.governor.detect import EVERY, MORE, repetition
 from tests.governor import cases
 
-SEEDS = 40
-GRACE = 2 * EVERY
-HALVES = {"tuning": 0, "held out": 201}
-"""The first seed of each half, in steps of two. Odd seeds below 201 gave 2 false finds in 500 honest texts with the
-thresholds 0.97, 0.77, 0.78 and 0.36; they were raised without looking at those texts, and later seeds judge."""
+SEEDS = 100
+GRACE = EVERY + MORE
+HALVES = {"tuning": 0, "held out": 1001}
+"""The first seed of each half, in steps of two. Odd seeds below 301 were looked at before: they tuned what is there."""
 
 
 def loops(found: list[cases.Case]) -> dict[str, Any]:
@@ -79,9 +78,9 @@ def main() -> None:
         "loops": {}, "honest": {},
     }  # fmt: skip
     for name, first in HALVES.items():
-        seeds = range(first, first + SEEDS, 2)
+        seeds = range(first, first + 2 * SEEDS, 2)
         result["loops"][name] = {kind: loops([cases.loop(kind, seed, GRACE) for seed in seeds]) for kind in cases.LOOPS}
-        result["honest"][name] = honest(texts // 2, first)
+        result["honest"][name] = honest(texts, first)
     result["public"] = loops(cases.public(GRACE))
     out.write_text(json.dumps(result, indent=1) + "\n")
     print("| loops | half | cases | in time | strict | later | never | median delay, tokens |\n" + "| --- " * 8 + "|")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from qvq_serve.governor.detect import word
 from qvq_serve.governor.policy import SCRIPTS
 from qvq_serve.hooks.language import script
 from qvq_serve.hooks.markers import MARKERS
@@ -47,7 +48,7 @@ class Vocabulary:
     closes: Tensor
     """int8: its bytes, where all of them go on with a character begun before; else 0."""
     words: Tensor
-    """bool: letters alone."""
+    """int8: letters or digits alone, by detect.word."""
     ends_step: Tensor
     """bool: it ends a line."""
     mentions: Tensor
@@ -100,7 +101,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         opens=torch.tensor(opens, dtype=torch.int8),
         closes=torch.tensor([len(each) if more < 0 else 0 for each, more in zip(spelling, opens, strict=True)],
                             dtype=torch.int8),
-        words=torch.tensor([text.isalpha() for text in texts]),
+        words=torch.tensor([word(text) for text in texts], dtype=torch.int8),
         ends_step=torch.tensor([b"\n" in each for each in spelling]),
         mentions=torch.tensor([text.lower() in IMAGE for text in texts]),
         circling=torch.tensor([at for at, text in enumerate(texts) if text.lower() in CIRCLING], dtype=torch.int64),

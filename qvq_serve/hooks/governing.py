@@ -88,7 +88,7 @@ class Act:
 
 @lru_cache(maxsize=1)
 def writing(tokenizer: Any) -> tuple[tuple[int, ...], Any]:
-    """(a forced conclusion's tokens, which tokens are words)."""
+    """(a forced conclusion's tokens, which tokens are words and numbers)."""
     from qvq_serve.governor.tokens import conclusion_tokens, read_vocabulary
 
     return conclusion_tokens(tokenizer)[1], read_vocabulary(tokenizer, len(tokenizer)).words

@@ -164,7 +164,7 @@ def encode(text: str) -> list[int]:
 
 @lru_cache(maxsize=1)
 def words() -> Tensor:
-    """Which of Qwen's tokens are letters alone, (V,) bool."""
+    """Which of Qwen's tokens are words and numbers, (V,) int8."""
     return words_of(tokenizer().decode, 151_643)
 
 
@@ -356,7 +356,8 @@ HONEST = {"tables": tables, "enumerations": enumerations, "proofs": proofs, "for
           "counting": counting, "arithmetic": arithmetic, "choices": choices, "chinese": chinese,
           "reasoning": reasoning, "mixed": mixed, "manual": None, "source": None}  # fmt: skip
 RESTATED = ("proofs", "arithmetic", "choices", "chinese", "reasoning", "mixed")
-"""Kinds in which the question and some results are said two or three times in the same words, as reasoning does."""
+"""Kinds in which the question and some results are said two or three times in the same words, as reasoning does, but
+not at once: a paragraph three times in a row is a loop."""
 
 
 def write(draw: random.Random, kind: str, length: int) -> list[int]:
@@ -369,19 +370,22 @@ def write(draw: random.Random, kind: str, length: int) -> list[int]:
         return slice_of(draw, whole, length)
     said: dict[str, int] = {}
     tokens: list[int] = []
+    last = ""
     while len(tokens) < length:
-        again = [text for text, times in said.items() if times < 3]
+        again = [text for text, times in said.items() if times < 3 and text != last]
         if kind in RESTATED and again and draw.random() < 0.08:
-            text = draw.choice(again)
-            said[text] += 1
-            tokens += encode(text)
+            last = draw.choice(again)
+            said[last] += 1
+            tokens += encode(last)
             continue
         tokens += encode(writer(draw))
+        last = ""
         if kind in RESTATED:
             result = paragraph(draw, CHINESE if kind == "chinese" else ENGLISH, 1, 3)
             if draw.random() < 0.3:
                 said[result] = 1
                 tokens += encode(result)
+                last = result
     return tokens[:length]
 
 

@@ -26,7 +26,7 @@ Model = Callable[[list[int]], int]
 def vocabulary() -> Vocabulary:
     """Every token is a number, but for the few with names."""
     table = {name: torch.zeros(VOCABULARY, dtype=kind) for name, kind in (
-        ("scripts", torch.int16), ("opens", torch.int8), ("closes", torch.int8), ("words", torch.bool),
+        ("scripts", torch.int16), ("opens", torch.int8), ("closes", torch.int8), ("words", torch.int8),
         ("ends_step", torch.bool), ("mentions", torch.bool))}  # fmt: skip
     table["scripts"][HAN] = script_bits(["Han"]) & ~1
     table["scripts"][HALF], table["opens"][HALF] = script_bits(["Han"]) & ~1, 2

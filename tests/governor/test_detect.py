@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvq_serve.governor.detect import EVERY, PERIOD, WINDOW, looping, repetition, words_of
+from qvq_serve.governor.detect import EVERY, MORE, PERIOD, WINDOW, looping, repetition, words_of
 from tests.governor import cases
 
-GRACE = 2 * EVERY
+GRACE = EVERY + MORE
 SEEDS = range(1, 17, 2)
 IN_TIME = ("exact", "shuffled", "growing", "two_languages", "tables", "latex", "digits", "whitespace", "returns")
-LATER = ("renumbered", "edits", "alternating", "code")
-"""Near-exact copies: two rounds of them are what Python's own library has too, so four are waited for where need be."""
+NEARLY = ("renumbered", "edits", "alternating", "code")
+"""Near-exact copies: of these two in 20 may be late; benchmarks/detection.py has the shares."""
 
 
 def found_within(case: cases.Case) -> int | None:
@@ -44,12 +44,15 @@ def test_a_loop_is_found_within_two_periods_and_two_looks_or_1536_tokens(kind: s
         assert within is not None and 0 < within <= case.within, f"seed {seed}: {within}, due {case.within}"
 
 
-@pytest.mark.parametrize("kind", LATER)
-def test_a_near_exact_loop_is_found_within_four_periods_and_four_looks(kind: str) -> None:
-    for seed in SEEDS:
+@pytest.mark.parametrize("kind", NEARLY)
+def test_a_near_exact_loop_is_found_within_two_periods_and_two_looks_eighteen_times_in_twenty(kind: str) -> None:
+    late = []
+    for seed in range(1, 41, 2):
         case = cases.loop(kind, seed, GRACE)
         within = found_within(case)
         assert within is not None and 0 < within <= 2 * case.within, f"seed {seed}: {within}, due {2 * case.within}"
+        late += [seed] if within > case.within else []
+    assert len(late) <= 2, late
 
 
 def test_loops_that_were_reported_in_public_are_found_in_time() -> None:
@@ -74,6 +77,40 @@ def test_a_function_copied_under_another_name_is_no_loop() -> None:
     start = len(cases.encode(before))
     window = cases.windows(tokens, list(range(start - 100, start + 200, 4)))
     assert not looping(window, cases.words()).any()
+
+
+def test_a_table_of_truth_values_is_no_loop() -> None:
+    """Python's dataclasses.py has one of 16 rows that are each one of a few before, in another order."""
+    tokens = cases.encode((Path(json.__file__).parents[1] / "dataclasses.py").read_text().partition("\n}\n")[0])
+    window = cases.windows(tokens, list(range(EVERY, len(tokens), 16)))
+    assert not looping(window, cases.words()).any()
+
+
+@pytest.mark.parametrize(
+    ("row", "loops"),
+    [
+        ("Step {i}: The ratio of the vector to the vertex is 1305.\n", True),  # only its number is new
+        ('({i}) As in {j}, but for {i}: with open("corner.csv") as r:\n', True),
+        ("Step {i}: The ratio of the {noun} to the {other} is 1305.\n", False),  # two words are new
+        ('({i}) As in {j}, but for {i}: with open("{noun}.csv") as r:\n', False),  # a word is, in code
+        ("{i} = {j} + 1\n", False),  # there are no words
+        ("Step {i}: The ratio of {m} to {n} is {k}.\n", False),  # the numbers are what it says
+    ],
+)
+def test_a_list_is_a_loop_where_only_its_number_is_new(row: str, loops: bool) -> None:
+    nouns = cases.POOLS["noun"]
+    lines = [
+        row.format(i=i, j=i - 1, k=i * 7919 % 997, m=i * i, n=5000 // i, noun=nouns[i], other=nouns[-i])
+        for i in range(11, 60)
+    ]
+    tokens = cases.encode("".join(lines))
+    found = looping(cases.windows(tokens, list(range(EVERY, len(tokens), EVERY))), cases.words())
+    assert found.any().item() is loops
+
+
+def test_a_proof_by_cases_and_what_it_restates_are_no_loop() -> None:
+    """Here the generator once said a paragraph three times in a row, which is one."""
+    assert cases.first_find(cases.honest("proofs", 273), cases.words()) is None
 
 
 def test_nothing_written_is_no_loop() -> None:
@@ -129,13 +166,13 @@ def test_tokens_of_another_vocabulary_give_the_same_verdict(window: torch.Tensor
 def test_a_look_never_waits_for_the_device_nor_depends_on_data_for_a_shape() -> None:
     """Fake tensors have no data: .item(), .cpu(), nonzero or a mask as an index raise on them."""
     with FakeTensorMode():
-        found = repetition(torch.zeros(5, WINDOW, dtype=torch.int32), torch.zeros(1000, dtype=torch.bool))
+        found = repetition(torch.zeros(5, WINDOW, dtype=torch.int32), torch.zeros(1000, dtype=torch.int8))
     assert [field.shape for field in found] == [(5,)] * 4
 
 
-def test_words_are_letters_of_any_script() -> None:
-    vocabulary = [" the", "图", "7", " |", "\n", "x1", "\ufffd", "é"]
-    assert words_of(lambda ids: vocabulary[ids[0]], 8).tolist() == [True, True, False, False, False, False, False, True]
+def test_words_are_letters_of_any_script_and_numbers_digits() -> None:
+    vocabulary = [" the", "图", "7", " |", "\n", "x1", "\ufffd", "é", " 42", "1.5"]
+    assert words_of(lambda ids: vocabulary[ids[0]], 10).tolist() == [2, 2, 1, 0, 0, 0, 0, 2, 1, 0]
 
 
 def test_the_generator_gives_the_same_text_again() -> None:
