@@ -90,9 +90,15 @@ def test_a_table_of_truth_values_is_no_loop() -> None:
     ("row", "loops"),
     [
         ("Step {i}: The ratio of the vector to the vertex is 1305.\n", True),  # only its number is new
-        ('({i}) As in {j}, but for {i}: with open("corner.csv") as r:\n', True),
+        (
+            '({i}) As in {j}, but for {i}: with open("corner.csv") as r:\n    rows = [line.split() for line in r]\n',
+            True,
+        ),
         ("Step {i}: The ratio of the {noun} to the {other} is 1305.\n", False),  # two words are new
-        ('({i}) As in {j}, but for {i}: with open("{noun}.csv") as r:\n', False),  # a word is, in code
+        (
+            '({i}) As in {j}, but for {i}: with open("{noun}.csv") as r:\n    rows = [line.split() for line in r]\n',
+            False,
+        ),  # a word is, in code
         ("{i} = {j} + 1\n", False),  # there are no words
         ("Step {i}: The ratio of {m} to {n} is {k}.\n", False),  # the numbers are what it says
     ],
