@@ -97,9 +97,10 @@ def test_where_vllms_own_client_differs() -> None:
         made.close()
         return told, row
 
-    told, row = asyncio.run(both("accept=0.05,first=0.5,gap=0.01,chunks=4,comment=0"))
-    assert told.success and told.ttft == pytest.approx(0.05, abs=0.04)
-    assert row.outcome == "ok" and row.time_to_first_token == pytest.approx(0.5, abs=0.04)
+    # Which chunk each takes; how exactly ours are timed is tested on a virtual clock. A busy machine is late, never early.
+    told, row = asyncio.run(both("accept=0.05,first=1.0,gap=0.01,chunks=4,comment=0"))
+    assert told.success and 0.04 < told.ttft < 0.95
+    assert row.outcome == "ok" and row.time_to_first_token is not None and row.time_to_first_token > 0.95
     told, row = asyncio.run(both("chunks=4,ending=error,comment=0"))
     assert told.success and row.outcome == "error"
     told, row = asyncio.run(both("chunks=4"))

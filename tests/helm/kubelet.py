@@ -71,7 +71,7 @@ def sandbox(pod: dict[str, Any], config_maps: dict[str, dict[str, str]], root: P
     command = [*container["command"], *container["args"]]
     assignments = [f"{name}={value}" for name, value in environ.items()]
     return "\n".join([*lines, *finish, "mount -o remount,ro .",
-                      f"exec chroot . {become} env -i {shlex.join(assignments)} {shlex.join(command)}"])  # fmt: skip
+                      f"exec $(command -v chroot || echo /usr/sbin/chroot) . {become} env -i {shlex.join(assignments)} {shlex.join(command)}"])  # fmt: skip
 
 
 @dataclass
