@@ -97,7 +97,7 @@ def test_where_vllms_own_client_differs() -> None:
         made.close()
         return told, row
 
-    # Which chunk each takes; how exactly ours are timed is tested on a virtual clock. A busy machine is late, never early.
+    # Which chunk each takes; times are tested on a virtual clock. A busy machine is late, never early.
     told, row = asyncio.run(both("accept=0.05,first=1.0,gap=0.01,chunks=4,comment=0"))
     assert told.success and 0.04 < told.ttft < 0.95
     assert row.outcome == "ok" and row.time_to_first_token is not None and row.time_to_first_token > 0.95

@@ -70,8 +70,9 @@ def sandbox(pod: dict[str, Any], config_maps: dict[str, dict[str, str]], root: P
     become = f"setpriv --reuid {user} --regid {group} --groups {security['fsGroup']} --no-new-privs --bounding-set -all"
     command = [*container["command"], *container["args"]]
     assignments = [f"{name}={value}" for name, value in environ.items()]
-    return "\n".join([*lines, *finish, "mount -o remount,ro .",
-                      f"exec $(command -v chroot || echo /usr/sbin/chroot) . {become} env -i {shlex.join(assignments)} {shlex.join(command)}"])  # fmt: skip
+    run = f"{become} env -i {shlex.join(assignments)} {shlex.join(command)}"
+    chroot = "$(command -v chroot || echo /usr/sbin/chroot)"
+    return "\n".join([*lines, *finish, "mount -o remount,ro .", f"exec {chroot} . {run}"])
 
 
 @dataclass
