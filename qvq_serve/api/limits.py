@@ -1,5 +1,6 @@
 """What a request may ask for: fields by an allow-list, and bounds on what could stall or kill the engine."""
 
+import json
 from typing import Any
 
 from qvq_serve.errors import nearest
@@ -11,6 +12,8 @@ IGNORED = frozenset({
     "verbosity", "modalities", "prediction", "web_search_options", "function_call", "functions", "reasoning",
 })  # fmt: skip
 """Fields of OpenAI's that clients send by themselves; vLLM ignores them, and so do we."""
+AS_IT_IS = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False, "return_hidden_states": False}
+"""SGLang's fields, which vLLM's router puts into each request: taken where they ask for what is done anyway."""
 REFUSED = {
     "use_beam_search": "it takes the engine's time from everybody",
     "prompt_logprobs": "it holds the logits of the whole prompt in memory",
@@ -35,8 +38,10 @@ MOST_MESSAGES = 512
 
 def check(request: Any, profile: Profile) -> None:
     """Raises Refuse, naming the field, the value and what would do; drops what is not the client's to set."""
-    for name in request.model_extra or {}:
-        if name not in IGNORED:
+    for name, value in (request.model_extra or {}).items():
+        if name in AS_IT_IS and value is not AS_IT_IS[name]:
+            raise Refuse(f"the field '{name}' is {json.dumps(value)}; here it can only be {json.dumps(AS_IT_IS[name])}")
+        if name not in IGNORED and name not in AS_IT_IS:
             raise Refuse(f"the field '{name}' is not known here.{nearest(name, known(request))}")
     for name, reason in REFUSED.items():
         if getattr(request, name, None):

@@ -111,6 +111,7 @@ BODIES: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"grammar": "x" * 50_001}}, "this server takes at most 50000"),
     ({"repetition_detection": {"max_pattern_size": 9_999, "min_count": 2}}, "max_pattern_size is 9999"),
     ({"max_token": 3}, "the field 'max_token' is not known here. Did you mean 'max_tokens'?"),
+    ({"separate_reasoning": False}, "the field 'separate_reasoning' is false; here it can only be true"),
     ({"mm_processor_kwargs": {"max_pixels": 1}}, "the field 'mm_processor_kwargs' is not taken"),
     ({"messages": [{"role": "user", "content": "x"}] * 513}, "the number of messages is 513"),
 ]
@@ -130,6 +131,8 @@ def test_fields_that_clients_send_by_themselves_and_those_that_are_not_theirs_do
     message = {"role": "user", "content": [image, {"type": "text", "text": "What?"}]}
     mine = {"user": "me", "metadata": {"a": "b"}, "store": False, "priority": -100, "session_id": "s"}
     assert post(server, messages=[message], **mine).status_code == 200
+    by_the_router = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False}
+    assert post(server, messages=[message], **by_the_router, return_hidden_states=False).status_code == 200
     missing = {"type": "image_url", "image_url": None, "uuid": "somebody-elses"}
     again = {"role": "user", "content": [missing, {"type": "text", "text": "What?"}]}
     assert post(server, messages=[again], **mine).status_code == 400
