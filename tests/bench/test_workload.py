@@ -259,7 +259,17 @@ def test_each_packaged_workload_loads_says_what_it_is_and_makes_a_request(name: 
 
 
 def test_the_packaged_workloads_are_these() -> None:
-    names = ["chat-short", "demo", "demo-fixed", "image-2k", "image-512", "mixed", "qvq-long", "same-image"]
+    names = [
+        "chat-short",
+        "demo",
+        "demo-fixed",
+        "first-image",
+        "image-2k",
+        "image-512",
+        "mixed",
+        "qvq-long",
+        "same-image",
+    ]
     assert sorted(known_workloads()) == names
 
 
