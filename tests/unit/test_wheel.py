@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,18 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+
+
+def test_the_wheel_has_every_module_and_every_file_that_is_read(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    listed = run("git", "-C", ROOT, "ls-files", "qvq_serve", "benchmarks/qvq_bench", "launch/profiles").splitlines()
+    moved = {"benchmarks/qvq_bench": "qvq_bench", "launch/profiles": "qvq_serve/profiles"}
+    for here, there in moved.items():
+        listed = [name.replace(here, there) if name.startswith(here) else name for name in listed]
+    assert len(listed) > 70
+    assert set(listed) <= packed
 
 
 @pytest.mark.slow
