@@ -4,11 +4,19 @@ Each number has its reason beside it. Seconds that were measured are in benchmar
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qvq_serve.gpu import GIB
-from qvq_serve.memory import card_memory, engine_limits, host_bytes, language_weights, plan_host, vision_weights
+from qvq_serve.memory import (
+    card_memory,
+    engine_limits,
+    host_bytes,
+    language_weights,
+    plan_host,
+    vision_weights,
+    weight_kind,
+)
 from qvq_serve.model import DEMO, ModelGeometry
 from qvq_serve.preflight import CPU_OVERHEAD_GIB, LEAST_SHM_BYTES
 from qvq_serve.profile import Resolved
@@ -45,7 +53,7 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
     card, size = card_memory(gpu or f"{hardware.gpu_gib}")
     limits = engine_limits(profile, (hardware.name if not gpu else card).lower(), size / GIB)
 
-    kind = "int4" if geometry.quantization else "bf16"
+    kind = weight_kind(replace(profile, quantization=None), geometry)  # as it lies on disk
     checkpoint = language_weights(geometry, kind, 1, 1) + vision_weights(geometry, kind, 1, True)
     processes = CPU_OVERHEAD_GIB + (0 if demo else WORKER_GIB * workers)
     in_host = sum(plan_host(profile, geometry).values()) if demo else 0

@@ -95,9 +95,17 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
 
 def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     """ "bf16", "fp8" or "int4": how the layers' weights lie in memory. Raises UsageError for a method unknown here."""
-    method = profile.quantization or (geometry.quantization or {}).get("quant_method")
+    config = geometry.quantization or {}
+    method = profile.quantization or config.get("quant_method")
     if method is None:
         return "bf16"
+    if method == "compressed-tensors":
+        weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
+        if not weights or any((weight.get("num_bits"), weight.get("type")) != (8, "float") for weight in weights):
+            raise UsageError(
+                "the checkpoint has compressed-tensors weights that are no 8-bit floats: the plan knows those only."
+            )
+        return "fp8"
     known = {"fp8": "fp8", "fp8_per_channel": "fp8", "fp8_per_tensor": "fp8", "awq": "int4", "awq_marlin": "int4",
              "gptq": "int4", "gptq_marlin": "int4"}  # fmt: skip
     if method not in known:
@@ -128,11 +136,12 @@ def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> in
 
 
 def vision_weights(geometry: ModelGeometry, kind: str, tp: int, data_parallel: bool) -> int:
-    """Bytes of the vision encoder on a GPU: every pipeline stage has one. vLLM's FP8 takes its layers too; four-bit
-    checkpoints leave them in BF16."""
+    """Bytes of the vision encoder on a GPU: every pipeline stage has one. vLLM's FP8 takes its layers too;
+    checkpoints may, and four-bit ones do, leave them in BF16."""
     split = 1 if data_parallel else tp
     patch_embedding = PATCH_VALUES * geometry.vision_size * BF16
-    return sum(vision_parameters(geometry)) * (1 if kind == "fp8" else BF16) // split + patch_embedding
+    size = 1 if kind == "fp8" and geometry.quantizes_vision else BF16
+    return sum(vision_parameters(geometry)) * size // split + patch_embedding
 
 
 def vision_parameters(geometry: ModelGeometry) -> tuple[int, int]:

@@ -87,6 +87,20 @@ class ModelGeometry:
     def head_size(self) -> int:
         return self.hidden_size // self.heads
 
+    @property
+    def quantization_group(self) -> int:
+        """Columns of a weight that share a scale, so that no split may cut them; 1 where it is whole rows."""
+        config = self.quantization or {}
+        weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
+        blocks = [config.get("weight_block_size"), *(weight.get("block_structure") for weight in weights)]
+        sizes = [config.get("group_size"), *(weight.get("group_size") for weight in weights)]
+        return max([size for size in sizes if size] + [block[-1] for block in blocks if block], default=1)
+
+    @property
+    def quantizes_vision(self) -> bool:
+        """Whether FP8 takes the vision encoder's layers: vLLM's own does, and a checkpoint names what it leaves out."""
+        return not any("visual" in name for name in (self.quantization or {}).get("ignore", []))
+
     def tensor_parallel_sizes(self) -> Iterator[int]:
         """The numbers of GPUs that its heads, vision heads and MLP columns can be divided by."""
         return divisors(self.heads, self.vision_heads, self.intermediate_size)

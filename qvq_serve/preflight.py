@@ -135,7 +135,7 @@ def check_groups(geometry: ModelGeometry, profile: Profile) -> None:
 
     Raises UsageError.
     """
-    group = (geometry.quantization or {}).get("group_size") or 1
+    group = geometry.quantization_group
     share = geometry.intermediate_size // profile.tp
     if group > 1 and share % group:
         raise UsageError(

@@ -16,9 +16,8 @@ def scripts() -> list[str]:
 
 
 def check(*names: str | Path) -> str:
-    done = subprocess.run(
-        ["shellcheck", "-x", "-P", "SCRIPTDIR", "-S", "warning", *names], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["shellcheck", "-x", "-P", "SCRIPTDIR", "--exclude=SC2119", *names]  # SC2119: arguments that are optional
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
@@ -26,7 +25,7 @@ def test_shellcheck_finds_nothing_and_would_find_something(tmp_path: Path) -> No
     assert len(scripts()) >= 7
     assert check(*scripts()) == ""
     (tmp_path / "bad.sh").write_text("#!/usr/bin/env bash\nrm $1/*\n")
-    assert "SC2115" in check(tmp_path / "bad.sh")
+    assert "SC2086" in check(tmp_path / "bad.sh")
 
 
 def test_every_launcher_becomes_the_server() -> None:

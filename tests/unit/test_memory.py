@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,32 @@ def test_an_unknown_quantisation_gets_the_nearest_known_one() -> None:
         planned(Profile(quantization="fp8_per_chanel"))
     with pytest.raises(UsageError, match="--max-num-seqs many: it must be a whole number"):
         planned(Profile(vllm=("--max-num-seqs", "many")))
+
+
+def compressed(ignore: list[str], **weights: Any) -> dict[str, Any]:
+    """The quantization_config that llm-compressor 0.14 writes for FP8_DYNAMIC, shortened."""
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None, "block_structure": None}
+    groups = {"FP8_DYNAMIC": {"format": "float-quantized", "targets": ["Linear"], "weights": fp8 | weights}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+        "ignore": ignore,
+    }
+
+
+def test_an_fp8_checkpoint_is_planned_with_the_vision_encoder_that_it_leaves_out() -> None:
+    whole = plan(Profile(quantization="fp8_per_channel"), QVQ, "H200", H200, 1).uses
+    for ignore, size in ((["lm_head", "re:.*visual.*"], 2), (["lm_head"], 1)):
+        made = plan(Profile(), replace(QVQ, quantization=compressed(ignore)), "H200", H200, 1).uses
+        assert made["weights"] == whole["weights"]
+        assert made["vision_encoder"] == pytest.approx(size * whole["vision_encoder"], rel=0.01)
+
+
+def test_a_checkpoint_in_another_compressed_format_is_refused() -> None:
+    four_bits = replace(QVQ, quantization=compressed([], num_bits=4, type="int"))
+    with pytest.raises(UsageError, match="compressed-tensors weights that are no 8-bit floats"):
+        plan(Profile(), four_bits, "H200", H200, 1)
 
 
 def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_sequences() -> None:

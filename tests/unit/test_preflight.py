@@ -89,6 +89,12 @@ def test_groups_that_the_split_cuts_are_refused() -> None:
         check_groups(unpadded, Profile(tp=2))
     for tp in (1, 2, 4, 8):
         check_groups(ModelGeometry.load("qvq-72b-awq"), Profile(tp=tp))
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    with pytest.raises(UsageError, match=r"--tp 2: .* groups of 128"):
+        check_groups(replace(unpadded, quantization=blocks), Profile(tp=2))
+    channels = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"group_size": None}}}}
+    for tp in (1, 2, 4, 8):
+        check_groups(replace(unpadded, quantization=channels), Profile(tp=tp))
 
 
 def test_an_image_that_must_be_encoded_whole_and_is_larger_than_a_batch_is_refused() -> None:
