@@ -1,4 +1,4 @@
-"""What launch/compose.yaml's Prometheus and Grafana read, from the chart: `python -m tests.launch.compose` writes it."""
+"""What launch/compose.yaml's Prometheus and Grafana read, from the chart; `python -m tests.launch.compose` writes."""
 
 import json
 from functools import cache

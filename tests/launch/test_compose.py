@@ -60,7 +60,8 @@ def plan() -> dict[str, int]:
 def test_compose_knows_every_field(path: Path) -> None:
     validator = jsonschema.Draft201909Validator(json.loads((SCHEMA / "compose-spec.json").read_text()))
     made = load(path)
-    # The schema is older than `required: false`; Docker Compose 2.24 began to know it.
+    # The published schema is older than a project's `name` and a file's `required: false` (Docker Compose 2.24).
+    made.pop("name", None)
     for one in made["services"].values():
         one["env_file"] = [file["path"] for file in one.get("env_file", [])]
     assert [error.message for error in validator.iter_errors(made)] == []

@@ -1,6 +1,7 @@
 """launch/qvq-serve.service, read by the real systemd-analyze."""
 
 import configparser
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_a_refused_start_is_not_tried_again_and_a_dead_engine_is(service: dict[s
 def test_the_server_takes_the_units_environment(
     service: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in [name for name in os.environ if name.startswith("QVQ_")]:
+        monkeypatch.delenv(name)
     for name in ("QVQ_DRAIN_TIMEOUT", "QVQ_CACHE"):
         monkeypatch.setenv(name, service[name])
     assert main(["--print-config", "--model", "demo"]) == 0
