@@ -19,6 +19,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qvq_serve.cli import say
@@ -86,7 +87,7 @@ class Node:
         beating.cancel()
         for peer in self.peers.values():
             peer.tell(**({"ended": code} if self.rank else {"end": code, "why": why}))
-        await self.end_command(code)
+        await self.end_command()
         if why:
             say(why)
         return code
@@ -223,8 +224,10 @@ class Node:
         say(f"node {rank} is told to stop: node 0 drains, then all end")
         for peer in self.peers.values():
             peer.tell(stop=1)
-        if self.rank == 0:
+        if self.rank == 0 and catches(self.process.pid, signal.SIGUSR1):
             self.process.terminate()
+        elif self.rank == 0:  # it loads, answers nobody, and vLLM may lose a SIGTERM
+            self.end(0)
 
     def start(self) -> None:
         """Run the command, in a group of its own that does not outlive this process."""
@@ -265,12 +268,12 @@ class Node:
             # After a drain the others may lose node 0's engine before its command has ended: it is given time to.
             asyncio.get_running_loop().call_later(END_S if self.stopping and rank else 0, self.end, code, why)
 
-    async def end_command(self, code: int) -> None:
-        """SIGTERM after an orderly end; else SIGUSR1, at which a server tells its clients, and all else dies."""
+    async def end_command(self) -> None:
+        """SIGUSR1: a server that serves tells its clients, and ends; all else dies of it."""
         if self.process is None:
             return
         if not self.exit.done():
-            self.process.send_signal(signal.SIGUSR1 if code else signal.SIGTERM)
+            self.process.send_signal(signal.SIGUSR1)
             await asyncio.wait([self.exit], timeout=END_S)
             self.process.kill()
         with contextlib.suppress(ProcessLookupError):
@@ -278,3 +281,12 @@ class Node:
                 os.killpg(self.process.pid, 0)
                 await asyncio.sleep(0.1)
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: for SIGUSR1, a server that serves (qvq_serve/api/lifecycle.py)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("SigCgt:") and int(line[7:], 16) >> (number - 1) & 1 for line in lines)

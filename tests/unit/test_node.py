@@ -26,9 +26,12 @@ cli.dispatch = lambda *_: run(_)  # its errors, as the command line shows them
 sys.exit(cli.main([]))
 """
 SLEEP = ["sleep", "60"]
-DRAINS = ["bash", "-c", "trap 'sleep 1; echo drained; exit 0' TERM; echo up; while :; do sleep 0.1; done"]
+SERVES = "trap 'exit 5' USR1; while :; do sleep 0.1; done"
+DRAINS = ["bash", "-c", f"trap 'sleep 1; echo drained; exit 0' TERM; {SERVES}"]
 """A server: at SIGTERM it finishes what it does, and ends with 0."""
-IGNORES = ["bash", "-c", "trap '' TERM USR1; echo up; while :; do sleep 0.1; done"]
+HANGS = ["bash", "-c", f"trap '' TERM; {SERVES}"]
+"""A server whose drain never ends."""
+IGNORES = ["bash", "-c", "trap '' TERM USR1; while :; do sleep 0.1; done"]
 """A process that hangs: only SIGKILL ends it."""
 
 
@@ -133,8 +136,14 @@ def test_sigterm_to_any_node_lets_the_leader_drain_and_all_end_well(tmp_path: Pa
             assert "this replica ends" not in node.said
 
 
+def test_sigterm_while_the_leader_loads_ends_all_well_and_at_once(tmp_path: Path) -> None:
+    with replica(tmp_path, ["bash", "-c", "trap '' TERM; sleep 60"], SLEEP) as nodes:
+        nodes[0].process.send_signal(signal.SIGTERM)
+        assert [node.process.wait(5) for node in nodes] == [0, 0]
+
+
 def test_a_node_that_ends_while_the_leader_drains_is_no_orderly_end(tmp_path: Path) -> None:
-    with replica(tmp_path, IGNORES, SLEEP) as (leader, other):
+    with replica(tmp_path, HANGS, SLEEP) as (leader, other):
         leader.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         other.tree()[1].kill()
