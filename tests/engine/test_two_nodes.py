@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,50 +22,18 @@ import pytest
 from tests.engine.conftest import KEY, START_TIMEOUT_S, Server, up
 from tests.engine.test_faults import started
 from tests.engine.test_tensor_parallel import greedy_tokens
+from tests.network import Network, two_machines
 
 SUPERVISOR = ["bash", "-c", r'while :; do "$@"; printf "\nexit %d\n" $?; sleep 1; done', "supervisor"]
 """Restart=always."""
-OWN_SHM = ["unshare", "--mount", "--ipc", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 DEAD_AFTER_S = 30
 STREAMS = 8
 
 
-@dataclass
-class Network:
-    """Where node 0 is, and what runs a command on node 1's side."""
-
-    leader: str
-    other: str
-    prefix: list[str]
-
-
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
-    name, number = f"qvq{os.getpid()}", os.getpid() * 4 % (1 << 16)
-    block = f"10.198.{number >> 8}."
-    leader, other = f"{block}{(number & 255) + 1}", f"{block}{(number & 255) + 2}"
-    inside = ["ip", "netns", "exec", name]
-    commands = [
-        ["ip", "netns", "add", name],
-        ["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name],
-        ["ip", "address", "add", f"{leader}/30", "dev", name],
-        ["ip", "link", "set", name, "up"],
-        ["ip", "-n", name, "address", "add", f"{other}/30", "dev", "eth0"],
-        ["ip", "-n", name, "link", "set", "eth0", "up"],
-        ["ip", "-n", name, "link", "set", "lo", "up"],
-        [*inside, *OWN_SHM, "true"],
-    ]
-    try:
-        for command in commands:
-            subprocess.run(command, check=True, capture_output=True)
-        found = Network(leader, other, [*inside, *OWN_SHM])
-    except (OSError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"no network namespace can be made here ({error}): both nodes are on loopback", stacklevel=1)
-        found = Network("127.0.0.1", "127.0.0.1", [])
-    yield found
-    for command in (["ip", "link", "delete", name], ["ip", "netns", "delete", name]):
-        if found.prefix:
-            subprocess.run(command, check=False, capture_output=True)
+    with two_machines() as found:
+        yield found
 
 
 def free_port() -> int:
@@ -136,7 +103,7 @@ def running(
     nodes = []
     for rank, prefix, core in ((0, [], cores[0]), (1, network.prefix, cores[-1])):
         command = [sys.executable, "-m", "qvq_serve", "node", "--heartbeat-port", str(heartbeat), str(rank), "2"]
-        command += [network.leader, "--demo", "--tp", "2", "--port", str(port), "--", "--master-port", str(master)]
+        command += [network.here, "--demo", "--tp", "2", "--port", str(port), "--", "--master-port", str(master)]
         nodes.append(Node(logs / f"node-{rank}.log", core, [*prefix, *command], cache))
     api = Server(f"http://127.0.0.1:{port}", nodes[0].supervisor, nodes[0].log, cache)
     yield Replica(nodes, api)
@@ -188,7 +155,7 @@ def test_a_lost_node_ends_the_other_within_30_s_and_both_start_again(
     took = running.wait_until(lambda: len(leader.exits) > before[0], DEAD_AFTER_S)
     print(f"node 1 gets {signal.Signals(number).name}: node 0 has ended after {took:.1f} s")
     assert leader.exits[before[0]] == 6
-    assert f"qvq-serve: node 1 ({network.other}) {how}: this replica ends" in leader.said
+    assert f"qvq-serve: node 1 ({network.there}) {how}: this replica ends" in leader.said
     for stream in streams:
         stream.join(10)
         assert '"code": 500' in stream.events[-2] and stream.events[-1] == "[DONE]"

@@ -2,18 +2,19 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.network import Network, two_machines
 
 PROGRAM = """
 import asyncio, json, sys
@@ -26,6 +27,7 @@ cli.dispatch = lambda *_: run(_)  # its errors, as the command line shows them
 sys.exit(cli.main([]))
 """
 SLEEP = ["sleep", "60"]
+LOOPBACK = Network("127.0.0.1", "127.0.0.1", [], None)
 SERVES = "trap 'exit 5' USR1; while :; do sleep 0.1; done"
 DRAINS = ["bash", "-c", f"trap 'sleep 1; echo drained; exit 0' TERM; {SERVES}"]
 """A server: at SIGTERM it finishes what it does, and ends with 0."""
@@ -44,12 +46,22 @@ def free_port() -> int:
 class Started:
     """A node, and what it has said so far."""
 
-    def __init__(self, directory: Path, rank: int, port: int, command: list[str], nodes: int, **settings: str) -> None:
-        made = {"rank": rank, "nodes": nodes, "leader": "127.0.0.1", "port": port, "command": command,
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        port: int,
+        command: list[str],
+        nodes: int,
+        leader: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        **settings: str,
+    ) -> None:
+        made = {"rank": rank, "nodes": nodes, "leader": leader, "port": port, "command": command,
                 "settings": {"--tp": "2"} | settings, "join_timeout": 20}  # fmt: skip
         self.log = directory / f"node-{rank}-{time.monotonic_ns()}.log"
         with self.log.open("wb") as out:
-            line = [sys.executable, "-c", PROGRAM, json.dumps(made)]
+            line = [*prefix, sys.executable, "-c", PROGRAM, json.dumps(made)]
             self.process = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
 
     @property
@@ -74,10 +86,13 @@ def until(true: object, seconds: float = 20) -> None:
 
 
 @contextmanager
-def replica(directory: Path, *commands: list[str]) -> Iterator[list[Started]]:
+def replica(directory: Path, *commands: list[str], network: Network = LOOPBACK) -> Iterator[list[Started]]:
     """Nodes that have all started their command; killed at the end, whatever is left of them."""
     port = free_port()
-    nodes = [Started(directory, rank, port, command, len(commands)) for rank, command in enumerate(commands)]
+    nodes = [
+        Started(directory, rank, port, command, len(commands), network.here, network.prefix if rank else ())
+        for rank, command in enumerate(commands)
+    ]
     processes = []
     try:
         until(lambda: all(len(node.tree()) > 1 for node in nodes))
@@ -121,6 +136,17 @@ def test_a_node_that_is_silent_ends_the_other_and_itself_when_it_wakes(tmp_path:
         assert f"node {silent} (127.0.0.1) was not heard of for 2 s: this replica ends" in other.said
         nodes[silent].signal_all(signal.SIGCONT)
         assert nodes[silent].process.wait(10) == 6
+
+
+def test_a_network_that_is_cut_ends_both_sides(tmp_path: Path) -> None:
+    with two_machines() as network:
+        if network.parts is None:
+            pytest.skip("no network namespace can be made here")
+        with replica(tmp_path, SLEEP, SLEEP, network=network) as nodes:
+            subprocess.run(network.parts, check=True)
+            assert [node.process.wait(10) for node in nodes] == [6, 6]
+            assert f"node 1 ({network.there}) was not heard of for 2 s" in nodes[0].said
+            assert f"node 0 ({network.here}) was not heard of for 2 s" in nodes[1].said
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -253,8 +279,9 @@ def test_who_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_the_command_is_told_the_address_by_which_the_others_reach_it(tmp_path: Path) -> None:
     tells = ["bash", "-c", "echo $VLLM_HOST_IP $GLOO_SOCKET_IFNAME; exec sleep 60"]
-    with replica(tmp_path, tells, tells) as nodes:
-        for node in nodes:
-            assert re.search(r"^127\.0\.0\.1 lo$", node.said, re.MULTILINE)
+    with two_machines() as network, replica(tmp_path, tells, tells, network=network) as nodes:
+        cards = ["lo", "lo"] if network.parts is None else [network.parts[3], "eth0"]
+        for node, address, card in zip(nodes, (network.here, network.there), cards, strict=True):
+            assert f"{address} {card}" in node.said.splitlines()
         nodes[0].process.send_signal(signal.SIGTERM)
         assert [node.process.wait(10) for node in nodes] == [0, 0]
