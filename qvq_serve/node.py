@@ -25,9 +25,6 @@ from typing import Any
 from qvq_serve.cli import say
 from qvq_serve.errors import EXIT_ENGINE_DIED, EXIT_NODE_LOST, EXIT_START, EXIT_USAGE, StartError, UsageError
 
-PORT = 29502
-"""The one after vLLM's own, --master-port."""
-JOIN_TIMEOUT_S = 600.0
 BEAT_S = 2.0
 SILENCE_S = 15.0
 END_S = 8.0
@@ -68,7 +65,7 @@ class Node:
     command: list[str]
     settings: dict[str, str]
     """What must be the same on all nodes, by name."""
-    join_timeout: float = JOIN_TIMEOUT_S
+    join_timeout: float
     peers: dict[int, Peer] = field(default_factory=dict)
     greetings: set["asyncio.Task[None]"] = field(default_factory=set)
     process: subprocess.Popen[bytes] | None = None
@@ -277,7 +274,8 @@ class Node:
             await asyncio.wait([self.exit], timeout=END_S)
             self.process.kill()
         with contextlib.suppress(ProcessLookupError):
-            for _ in range(20):  # what it left: mostly Python's resource tracker, which is clearing up
+            os.killpg(self.process.pid, signal.SIGTERM)
+            for _ in range(20):  # Python's resource tracker ignores that, and frees the shared memory of the others
                 os.killpg(self.process.pid, 0)
                 await asyncio.sleep(0.1)
             os.killpg(self.process.pid, signal.SIGKILL)
