@@ -77,6 +77,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     serve.add_argument("--dry-run", action="store_true", help="print what vLLM would be given, and start nothing")
     serve.add_argument("--force", action="store_true", help="start against what `check` refuses")
 
+    node = add("node", "start one machine of a replica that runs on several: launch/multinode", run_node)
+    node.usage = "qvq-serve node [-h] [--heartbeat-port N] [--join-timeout SECONDS] RANK NODES LEADER [FLAGS OF SERVE]"
+    node.add_argument("--heartbeat-port", type=int, default=29502, metavar="N", help="of node 0 (default %(default)s)")
+    node.add_argument(
+        "--join-timeout", type=float, default=600, metavar="SECONDS", help="until all nodes are there (default 600)"
+    )
+    node.add_argument("rank", type=int, metavar="RANK", help="0 for the machine with the API; 1, 2, ... for the others")
+    node.add_argument("nodes", type=int, metavar="NODES", help="machines of the replica")
+    node.add_argument("leader", metavar="LEADER", help="address of node 0")
+    node.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="as for serve, the same on each machine")
+
     plan = add("plan", "what fits, before anything is loaded: GPU memory by use; exit code 4 if it does not", run_plan)
     server_flags(plan)
     plan.add_argument("--gpu", metavar="NAME|GiB", help="h100, h200, a100-80gb, ...; default: this machine's")
@@ -151,7 +162,7 @@ def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
     if not arguments or arguments[0] not in commands:
         parser.parse_args(arguments)
     known = commands[arguments[0]].parse_args(arguments[1:])
-    if vllm and arguments[0] not in ("serve", "check", "plan"):
+    if vllm and arguments[0] not in ("serve", "node", "check", "plan"):
         raise UsageError(f"`qvq-serve {arguments[0]}` starts no vLLM, so nothing can follow --.")
     known.vllm = vllm
     if getattr(known, "profile", None) == "list":
@@ -300,6 +311,36 @@ def run_serve(arguments: argparse.Namespace) -> int:
     say(f"starting {engine.served_name(profile)} at http://{profile.host}:{profile.port}/v1")
     engine.run(launch)
     return 0
+
+
+def run_node(arguments: argparse.Namespace) -> int:
+    """`node`: join the other machines, and serve with them until all end; adds what vLLM must know of them."""
+    from qvq_serve.profile import given_flags
+
+    rank, nodes, vllm = arguments.rank, arguments.nodes, arguments.vllm
+    if not 0 <= rank < nodes:
+        raise UsageError(f"RANK {rank} of NODES {nodes}: machines are numbered from 0 to {nodes - 1}.")
+    for name in given_flags(vllm):
+        if name in ("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--headless"):
+            raise UsageError(f"{name} after -- is set by `qvq-serve node` itself; leave it out.")
+    added = ["--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", arguments.leader]
+    added += ["--headless"] if rank else []
+    serve = build_parser()[1]["serve"].parse_args(arguments.flags)
+    if serve.dry_run or serve.print_config or serve.profile == "list":
+        return dispatch(["serve", *arguments.flags], (*vllm, *added))
+    serve.vllm = vllm
+    profile = chosen(serve)[0].profile
+    if (workers := profile.tp * profile.pp) % nodes:
+        raise UsageError(f"--tp {profile.tp} x --pp {profile.pp} is {workers}, which {nodes} machines cannot share.")
+    import asyncio
+
+    from qvq_serve.node import Node
+
+    settings = {flag(o.name): str(getattr(profile, o.name)) for o in OPTIONS if not o.metadata["secret"]}
+    settings |= {"the version": __version__, "NODES": str(nodes), "what follows --": " ".join(profile.vllm)}
+    command = [sys.executable, "-m", "qvq_serve", "serve", *arguments.flags, "--", *vllm, *added]
+    port, join_timeout = arguments.heartbeat_port, arguments.join_timeout
+    return asyncio.run(Node(rank, nodes, arguments.leader, port, command, settings, join_timeout).run())
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

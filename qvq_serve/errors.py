@@ -7,6 +7,7 @@ EXIT_USAGE = 2
 EXIT_START = 3
 EXIT_DOES_NOT_FIT = 4
 EXIT_ENGINE_DIED = 5
+EXIT_NODE_LOST = 6
 
 
 class QvqError(Exception):

@@ -212,7 +212,8 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
     workers = math.ceil(profile.tp * profile.pp / nodes(profile))
     yield lambda: check_usage(profile)
     yield lambda: check_gpus(resolved, gpus)
-    yield lambda: check_port(profile)
+    if "--headless" not in given_flags(profile.vllm):
+        yield lambda: check_port(profile)
     yield lambda: check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     if os.path.isdir("/dev/shm"):
         yield lambda: check_shared_memory(workers, shutil.disk_usage("/dev/shm").free)

@@ -68,6 +68,7 @@ async def run(state: Any, profile: Profile) -> None:
     STATE.serving = True
     probe = asyncio.create_task(become_ready(state))
     engine = engine_processes()
+    loop.add_signal_handler(signal.SIGUSR1, end_at_once, engine)  # another machine is lost (qvq_serve/node.py)
     while not stop.is_set() and not state.engine_client.errored:
         await asyncio.sleep(POLL_S)
         if not all(map(lives, engine)):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,20 @@ def test_a_replica_of_two_machines_has_half_of_its_gpus_on_each() -> None:
     assert made["size"] == 2
     leader, worker = (made[key]["spec"]["containers"][0] for key in ("leaderTemplate", "workerTemplate"))
     assert leader["resources"]["limits"]["nvidia.com/gpu"] == worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    assert worker["args"] == [*leader["args"], "--headless"]
+    assert worker["args"] == leader["args"] and leader["args"][0] == "node"
+    assert worker["lifecycle"] == leader["lifecycle"] == {"preStop": {"sleep": {"seconds": 15}}}
     assert "ports" not in worker and "readinessProbe" not in worker
+
+
+@pytest.mark.parametrize(("index", "part"), [("0", ""), ("1", " --headless")])
+def test_qvq_serve_takes_the_arguments_of_each_machine(index: str, part: str) -> None:
+    made = one("two-nodes", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+    own = {"$(LWS_WORKER_INDEX)": index, "$(LWS_LEADER_ADDRESS)": "qvq-0.qvq"}
+    own["/etc/qvq/profile.toml"] = str(CHART / "profiles" / "qvq72b_h100x8_bf16.toml")
+    arguments = [own.get(argument, argument) for argument in made["spec"]["containers"][0]["args"]]
+    command = [sys.executable, "-m", "qvq_serve", *arguments, "--dry-run"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert shown.rstrip().endswith(f"--nnodes 2 --node-rank {index} --master-addr qvq-0.qvq{part}")
 
 
 def test_an_uninstall_keeps_the_weights() -> None:

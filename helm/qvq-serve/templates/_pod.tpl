@@ -68,23 +68,22 @@ spec:
       imagePullPolicy: {{ $v.image.pullPolicy }}
       command: [qvq-serve]
       args:
+        {{- if gt $nodes 1 }}
+        - node
+        - --join-timeout={{ $plan.startupSeconds }}
+        - $(LWS_WORKER_INDEX)
+        - {{ $nodes | quote }}
+        - $(LWS_LEADER_ADDRESS)
+        {{- else }}
         - serve
+        {{- end }}
         - --config
         - /etc/qvq/profile.toml
-        {{- if or $v.vllmArgs (gt $nodes 1) }}
+        {{- if $v.vllmArgs }}
         - --
         {{- end }}
         {{- range $v.vllmArgs }}
         - {{ . | quote }}
-        {{- end }}
-        {{- if gt $nodes 1 }}
-        - --nnodes={{ $nodes }}
-        - --master-addr=$(LWS_LEADER_ADDRESS)
-        - --master-port=29501
-        - --node-rank=$(LWS_WORKER_INDEX)
-        {{- if eq $role "worker" }}
-        - --headless
-        {{- end }}
         {{- end }}
       env:
         - {name: QVQ_HOST, value: 0.0.0.0}
@@ -133,23 +132,7 @@ spec:
       {{- end }}
       lifecycle:
         preStop:
-          {{- if eq $role "worker" }}
-          # SIGTERM ends a machine without an API at once: it stays until the leader has drained and closed its port.
-          exec:
-            command:
-              - python3
-              - -c
-              - |
-                import os, socket, time
-                try:
-                    while True:
-                        socket.create_connection((os.environ["LWS_LEADER_ADDRESS"], {{ $v.service.port }}), 5).close()
-                        time.sleep(2)
-                except OSError:
-                    pass
-          {{- else }}
           sleep: {seconds: 15}  # until proxies have taken the pod off their lists; it answers all the while
-          {{- end }}
       resources:
         requests:
           cpu: {{ div (add $plan.cpus (sub $nodes 1)) $nodes | quote }}
