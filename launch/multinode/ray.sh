@@ -31,8 +31,9 @@ print(s.getsockname()[0])' "$leader"
 export VLLM_HOST_IP=${VLLM_HOST_IP:-$(address)}
 [ "$rank" = 0 ] || last ray start --address="$leader:$port" --node-ip-address="$VLLM_HOST_IP" --block
 # After a restart Ray's head may still be there. Its workers get vLLM's variables, and those with the prefix below.
-[ -z "$dry" ] && ray status --address="$VLLM_HOST_IP:$port" > /dev/null 2>&1 ||
+if [ -n "$dry" ] || ! ray status --address="$VLLM_HOST_IP:$port" > /dev/null 2>&1; then
     run ray start --head --node-ip-address="$VLLM_HOST_IP" --port="$port"
+fi
 run export VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=QVQ_LAUNCHED_
 run python -c "import ray, time
 ray.init(address='$VLLM_HOST_IP:$port')
