@@ -283,7 +283,7 @@ def print_config(resolved: "Resolved") -> int:
 def run_serve(arguments: argparse.Namespace) -> int:
     """`serve`: choose, refuse what cannot be, bring what is missing, and serve until told to stop."""
     resolved, gpus = chosen(arguments)
-    from qvq_serve import demo, engine, preflight
+    from qvq_serve import demo, engine, interrupt, preflight
     from qvq_serve.memory import queue_limit
     from qvq_serve.model import DEMO, KNOWN, locate, missing_files
 
@@ -294,6 +294,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         queued = queue_limit(profile, gpus) if gpus or profile.model not in KNOWN else None
         print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN), queued=queued))
         return 0
+    interrupt.end_at_once()
     for passed_over in preflight.check_start(resolved, gpus, arguments.force):
         say(f"--force goes on against this: {passed_over}")
     launch = engine.command(profile, gpus=len(gpus), queued=queue_limit(profile, gpus))

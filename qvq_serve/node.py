@@ -84,7 +84,7 @@ class Node:
         beating.cancel()
         for peer in self.peers.values():
             peer.tell(**({"ended": code} if self.rank else {"end": code, "why": why}))
-        await self.end_command()
+        await self.end_command(code)
         if why:
             say(why)
         return code
@@ -265,12 +265,12 @@ class Node:
             # After a drain the others may lose node 0's engine before its command has ended: it is given time to.
             asyncio.get_running_loop().call_later(END_S if self.stopping and rank else 0, self.end, code, why)
 
-    async def end_command(self) -> None:
-        """SIGUSR1: a server that serves tells its clients, and ends; all else dies of it."""
+    async def end_command(self, code: int) -> None:
+        """SIGUSR1: a server that serves tells its clients, and ends; all else dies of it. Ctrl-C waits for neither."""
         if self.process is None:
             return
         if not self.exit.done():
-            self.process.send_signal(signal.SIGUSR1)
+            self.process.send_signal(signal.SIGKILL if code == 130 else signal.SIGUSR1)
             await asyncio.wait([self.exit], timeout=END_S)
             self.process.kill()
         with contextlib.suppress(ProcessLookupError):

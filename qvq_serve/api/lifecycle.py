@@ -16,6 +16,7 @@ from fastapi import Response
 
 from qvq_serve import metrics
 from qvq_serve.errors import EngineDied
+from qvq_serve.interrupt import lives
 from qvq_serve.profile import Profile
 
 log = logging.getLogger("vllm.qvq_serve")
@@ -63,8 +64,7 @@ async def run(state: Any, profile: Profile) -> None:
         await asyncio.sleep(POLL_S)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
     STATE.serving = True
     probe = asyncio.create_task(become_ready(state))
     engine = engine_processes()
@@ -88,14 +88,6 @@ def engine_processes() -> list[psutil.Process]:
     """vLLM's engine and workers, which name themselves VLLM::..."""
     found = psutil.Process().children(recursive=True)
     return [process for process in found if "VLLM::" in " ".join(process.cmdline())]
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether a process runs, and is not only waiting to be buried."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def end_at_once(engine: list[psutil.Process]) -> None:
