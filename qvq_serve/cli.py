@@ -406,8 +406,10 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_download(arguments: argparse.Namespace) -> int:
     """`download`: weights onto this disk; the last line is the directory."""
+    from qvq_serve import interrupt
     from qvq_serve.download import download, wait
 
+    interrupt.end_at_once()  # Hugging Face's threads would end their files first
     print(
         wait(arguments.model, arguments.to)
         if arguments.wait

@@ -1,4 +1,4 @@
-"""Ctrl-C at a server. A terminal sends SIGINT to all of its processes; here one thread acts on it, and the rest do not.
+"""Ctrl-C at a server or a download. SIGINT comes to all of their processes; one thread acts on it, the rest do not.
 
 Left to themselves vLLM's processes each end at SIGINT, with a traceback while they load, and the server sees its engine
 die.

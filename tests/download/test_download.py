@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +20,18 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
+def hubs(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment in which this machine's hub stands for both hubs."""
+    return {"MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "MODELSCOPE_CACHE": str(home), "HF_HOME": str(home)}  # fmt: skip
+
+
 def qvq_serve(hub: Hub, home: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """A command that finds this machine's hub in place of both hubs."""
     home.mkdir(exist_ok=True)
-    hubs = {"MODELSCOPE_ENDPOINT": hub.url, "HF_ENDPOINT": hub.url, "HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-            "MODELSCOPE_CACHE": str(home), "HF_HOME": str(home)}  # fmt: skip
     command = [sys.executable, "-m", "qvq_serve", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | hubs | environ, check=False
-    )
+    environ = hubs(hub, home) | environ
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environ, check=False)
 
 
 def download(hub: Hub, to: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -123,6 +128,33 @@ def fill(path: Path) -> None:
 def test_a_hub_that_does_not_answer_is_named(hub: Hub, tmp_path: Path) -> None:
     done = download(hub, tmp_path / "model", MODELSCOPE_ENDPOINT="http://127.0.0.1:9")
     assert_failed(done, "Qwen/QVQ-72B-Preview from modelscope")
+
+
+@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(hub: Hub, tmp_path: Path, source: str) -> None:
+    began, over = threading.Event(), threading.Event()
+    hub.before_weights = lambda: (began.set(), over.wait(60))
+    arguments = ["download", "--source", source, "--to", str(tmp_path / "model")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "qvq_serve", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | hubs(hub, tmp_path),
+        start_new_session=True,
+    ) as process:
+        assert began.wait(60)
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            said = process.communicate(timeout=5)[1]
+        finally:
+            process.kill()
+            over.set()
+    assert process.returncode == 130
+    assert said.endswith("qvq-serve: interrupted\n") and "Traceback" not in said
+    hub.before_weights = None
+    done = qvq_serve(hub, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert_whole(tmp_path / "model")
 
 
 def test_a_repository_without_weights_cannot_be_served(hub: Hub, tmp_path: Path) -> None:
