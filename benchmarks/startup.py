@@ -34,7 +34,7 @@ def invoice() -> str:
 def ask() -> tuple[float, dict]:
     """Seconds of one greedy answer, and the answer."""
     content = [{"type": "image_url", "image_url": {"url": invoice()}}, {"type": "text", "text": QUESTION}]
-    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 64}
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 256}
     started = time.monotonic()
     answer = httpx.post(f"{URL}/v1/chat/completions", json=body, timeout=600).raise_for_status().json()
     return time.monotonic() - started, answer

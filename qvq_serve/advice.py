@@ -83,7 +83,7 @@ def fit(profile: Profile, card: str, memory: int, num_gpus: int, typical_output:
     ]
     best: MemoryPlan | None = None
     for precision in precisions:
-        for tp in ModelGeometry.load("qvq-72b").tensor_parallel_sizes():
+        for tp in ModelGeometry.load(precision.get("model", profile.model)).tensor_parallel_sizes():
             for kv in ("auto", "fp8"):
                 if tp > num_gpus:
                     continue

@@ -283,9 +283,9 @@ def print_config(resolved: "Resolved") -> int:
 def run_serve(arguments: argparse.Namespace) -> int:
     """`serve`: choose, refuse what cannot be, bring what is missing, and serve until told to stop."""
     resolved, gpus = chosen(arguments)
-    from qvq_serve import demo, engine, interrupt, preflight
+    from qvq_serve import engine, interrupt, preflight
     from qvq_serve.memory import queue_limit
-    from qvq_serve.model import DEMO, KNOWN, locate, missing_files
+    from qvq_serve.model import KNOWN, locate, missing_files
 
     profile = resolved.profile
     if arguments.dry_run:
@@ -298,9 +298,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     for passed_over in preflight.check_start(resolved, gpus, arguments.force):
         say(f"--force goes on against this: {passed_over}")
     launch = engine.command(profile, gpus=len(gpus), queued=queue_limit(profile, gpus))
-    if profile.model == DEMO:
-        demo.ensure()
-    elif profile.model in KNOWN and missing_files(locate(profile.model)):
+    if profile.model in KNOWN and missing_files(locate(profile.model)):
         from qvq_serve.download import download
 
         download(profile.model)

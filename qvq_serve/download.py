@@ -47,9 +47,12 @@ def download(model: str, source: str | None = None, to: str | None = None) -> Pa
     target = Path(to) if to else locate(model)
     list_files, fetch = SOURCES[source]
     try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"{target} cannot be written: {reason(error)}; --to or QVQ_CACHE names another.") from None
+    try:
         files = list_files(known.repo)
         check_space(target, files)
-        target.mkdir(parents=True, exist_ok=True)
         fetch(known.repo, target, files)
     except QvqError:
         raise

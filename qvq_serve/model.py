@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvq_serve.demo import DIRECTORY
 from qvq_serve.errors import UsageError, nearest
 
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
@@ -29,28 +30,26 @@ KNOWN = {
 
 
 def config_path(model: str) -> Path:
-    """The config.json of a model: of a known name or the demo the one that we carry, else the directory's own."""
-    if model in KNOWN or model == DEMO:
+    """The config.json of a model: of a known name the one that we carry, else the directory's own."""
+    if model in KNOWN:
         return Path(__file__).parent / "configs" / f"{model}.json"
     return locate(model) / "config.json"
 
 
 def cache_dir() -> Path:
-    """The directory for weights and the demo model: QVQ_CACHE, else $XDG_CACHE_HOME/qvq-serve, else ~/.cache/…"""
+    """The directory for weights: QVQ_CACHE, else $XDG_CACHE_HOME/qvq-serve, else ~/.cache/…"""
     if chosen := os.environ.get("QVQ_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvq-serve"
 
 
 def locate(model: str) -> Path:
-    """The directory of a model: of a known name, where `download` puts it; of the demo, where it is built.
+    """The directory of a model: of a known name, where `download` puts it.
 
     Raises UsageError for what is neither a known name nor a directory.
     """
     if model == DEMO:
-        from qvq_serve.demo import directory
-
-        return directory()
+        return DIRECTORY
     if known := KNOWN.get(model):
         return cache_dir() / "models" / known.repo
     path = Path(model)
@@ -102,8 +101,8 @@ class ModelGeometry:
         return not any("visual" in name for name in (self.quantization or {}).get("ignore", []))
 
     def tensor_parallel_sizes(self) -> Iterator[int]:
-        """The numbers of GPUs that its heads, vision heads and MLP columns can be divided by."""
-        return divisors(self.heads, self.vision_heads, self.intermediate_size)
+        """The numbers of GPUs that its heads, vision heads and groups of MLP columns can be divided by."""
+        return divisors(self.heads, self.vision_heads, self.intermediate_size // self.quantization_group)
 
     @classmethod
     def load(cls, model: str) -> "ModelGeometry":

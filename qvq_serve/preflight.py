@@ -27,7 +27,6 @@ def check_usage(profile: Profile) -> None:
     """What can be told from the flags and the model's config alone. Raises UsageError."""
     geometry = ModelGeometry.load(profile.model)
     check_split(geometry, profile)
-    check_groups(geometry, profile)
     check_encoder_budget(profile, engine_limits(profile, "", 80))
     if profile.max_model_len > geometry.max_position_embeddings:
         raise UsageError(
@@ -56,6 +55,7 @@ def check_split(geometry: ModelGeometry, profile: Profile) -> None:
         )
     if profile.pp > geometry.layers:
         raise UsageError(f"--pp {profile.pp}: the model has {geometry.layers} layers; give at most that.")
+    check_groups(geometry, profile)
 
 
 def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
@@ -89,8 +89,6 @@ def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
 def check_model(profile: Profile) -> None:
     """A model directory that is whole. Raises StartError."""
     directory = locate(profile.model)
-    if profile.model == DEMO and not directory.exists():
-        return  # it is built at the start
     if given_flags(profile.vllm).get("--load-format") == "dummy":
         return  # vLLM makes weights up: for measurements
     if lacking := missing_files(directory):

@@ -20,7 +20,7 @@ from qvq_serve.visual import TOKEN_PX, resized, visual_tokens
 
 LEAST, MOST = 256, 1_280
 """Visual tokens between which the server keeps an image."""
-SHARES = {"invoice": 0.21, "chart": 0.2, "table": 0.2, "count": 0.12, "box": 0.14, "written": 0.13}
+SHARES = {"invoice": 0.21, "chart": 0.2, "table": 0.17, "count": 0.17, "box": 0.13, "written": 0.12}
 """Of each kind in a batch: the longer the reasoning, the more."""
 QUIRKS = {"mixing": 0.03, "rambling": 0.03, "memory": 0.03}
 """Of the weaknesses that end by themselves, in a batch; loops have batches of their own, since they are long."""
@@ -169,7 +169,8 @@ def frame(rng: random.Random, side: float) -> tuple[int, int, tuple[int, int]]:
     if rng.random() < 0.6:  # whole tokens, which spare the resizing
         width, height = (round(one / TOKEN_PX) * TOKEN_PX for one in (width, height))
     draw = rng.random()
-    least = 4 if draw < 0.25 * (2 - side) else LEAST if draw < 0.93 else rng.randint(LEAST, MOST)
+    most = MOST - 100  # both sides are rounded up
+    least = 4 if draw < 0.25 * (2 - side) else LEAST if draw < 0.93 else rng.randint(LEAST, most)
     if least > LEAST:
         # No more than twice the side that a case has anyway; that is what MOST makes of 640 px and less.
         least = min(least, 4 * visual_tokens(height, width, 1, MOST))

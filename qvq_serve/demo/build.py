@@ -1,4 +1,4 @@
-"""Builds the demo model: seeded random weights in Qwen2-VL's architecture, and a byte-level tokenizer of its own."""
+"""A model's files as vLLM and transformers load them: a byte-level tokenizer with Qwen's tokens, config, processor."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from qvq_serve.engine import CHAT_TEMPLATE
-from qvq_serve.model import DEMO, config_path, read_config
+from qvq_serve.model import read_config
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -27,6 +27,7 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Qwen2's pre-tokenizer."""
+GEOMETRY = Path(__file__).parent / "config.json"
 
 
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2TokenizerFast:
@@ -47,8 +48,8 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwe
 def build_config(
     tokenizer: Qwen2TokenizerFast, vocab_size: int, geometry: dict[str, Any] | None = None
 ) -> Qwen2VLConfig:
-    """A geometry (configs/demo.json, if none is given; it splits over 2 GPUs) with a tokenizer's ids and size."""
-    geometry = geometry or read_config(config_path(DEMO))
+    """A geometry (the demo's, if none is given; it splits over 2 GPUs) with a tokenizer's ids and size."""
+    geometry = geometry or read_config(GEOMETRY)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     geometry["text_config"] |= {
         "vocab_size": vocab_size, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -58,22 +59,6 @@ def build_config(
         **geometry, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
-
-
-def is_plain(token: str) -> bool:
-    """Whether a token is ordinary ASCII text: no special token, no byte that needs others."""
-    return token.isascii() and token not in SPECIAL_TOKENS
-
-
-def build_checkpoint(directory: Path, vocab: dict[str, int], merges: list[tuple[str, str]], vocab_size: int) -> None:
-    """Writes a checkpoint that vLLM and transformers load: seeded random weights, the tokenizer, the processor."""
-    tokenizer = build_tokenizer(vocab, merges)
-    torch.manual_seed(72)
-    model = Qwen2VLForConditionalGeneration(build_config(tokenizer, vocab_size))
-    # Random weights would mostly write halves of UTF-8 characters, which show as nothing; this leaves them plain text.
-    with torch.no_grad():
-        model.lm_head.weight[[i for token, i in tokenizer.get_vocab().items() if not is_plain(token)]] = 0
-    save(model, tokenizer, directory)
 
 
 def save(model: Qwen2VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast, directory: Path) -> None:
@@ -86,14 +71,3 @@ def save(model: Qwen2VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast, 
     ).save_pretrained(directory)  # fmt: skip
     # The form in which QVQ's own repository has it, which vLLM and older transformers read.
     Qwen2VLImageProcessor().save_pretrained(directory)
-
-
-def build(directory: Path) -> None:
-    """Writes the demo model: 256 bytes and 14 special tokens for a vocabulary, no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    build_checkpoint(
-        directory,
-        {character: i for i, character in enumerate(alphabet)},
-        [],
-        vocab_size=len(alphabet) + len(SPECIAL_TOKENS),
-    )

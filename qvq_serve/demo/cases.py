@@ -6,7 +6,7 @@ for evaluation; training draws from there on.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvq_serve.demo import weakness as weak
-from qvq_serve.demo.draw import FONTS, HELD_OUT_FONTS
+from qvq_serve.demo.draw import FONTS, HELD_OUT_FONTS, MORE_FONTS
 from qvq_serve.demo.layouts import COLOURS, LAYOUTS, SHAPES, page
 
 TRAINING = 1_000_000_000
 KINDS = tuple(LAYOUTS)
 LANGUAGES = ("en", "zh")
+POINTS = "{points}"
+"""Stands for the places of shapes until they are drawn."""
 MARKER = "\n\n**Final Answer**\n\n"
 SIDES = (280, 640)
 """Least and most px of an image's side."""
@@ -152,6 +154,20 @@ def number(rng: random.Random, difficulty: float, most: int = 99) -> int:
     return rng.randint(10, most) if most > 99 and rng.random() < difficulty * 0.4 else rng.randint(10, 99)
 
 
+def pointed(told: Told, places: Sequence[tuple[float, float]], width: int, height: int) -> Told:
+    """Puts where the counted shapes were drawn into the reasoning, from left to right: `1 (3, 7), 2 (5, 0)`.
+
+    The numbers are tenths of the image's width and height. Without a place for each, a model counts by feel.
+    """
+    shapes = zip(told.read["shapes"], places, strict=True)
+    at = sorted(
+        (int(10 * x / width), int(10 * y / height)) for (_, one), (x, y) in shapes if one == told.read["colour"]
+    )
+    points = ", ".join(f"{i} ({x}, {y})" for i, (x, y) in enumerate(at, 1))
+    look, count, end = told.parts
+    return replace(told, read=told.read | {"places": at}, parts=(look, count.replace(POINTS, points), end))
+
+
 def some(rng: random.Random, difficulty: float, least: int, most: int) -> int:
     """How many: `least` at difficulty 0, up to `most` at 1."""
     return rng.randint(least, least + round((most - least) * difficulty))
@@ -226,11 +242,10 @@ def count(rng: random.Random, difficulty: float, language: str) -> Told:
     rest = [other for other in COLOURS if other != colour]
     shapes = [(rng.choice(kinds), colour if i < wanted else rng.choice(rest)) for i in range(wanted + others)]
     rng.shuffle(shapes)
-    counted = ", ".join(map(str, range(1, wanted + 1)))
     if language == "en":
-        parts = (f"I look for the {colour} shapes.", f"I count them one by one: {counted}.", f"So there are {wanted}.")
+        parts = (f"I look for the {colour} shapes.", f"I count them one by one: {POINTS}.", f"So there are {wanted}.")
     else:
-        parts = (f"我来找{COLOURS_ZH[colour]}色的图形。", f"一个一个地数：{counted}。", f"所以一共有{wanted}个。")
+        parts = (f"我来找{COLOURS_ZH[colour]}色的图形。", f"一个一个地数：{POINTS}。", f"所以一共有{wanted}个。")
     asked = {"colour": colour if language == "en" else COLOURS_ZH[colour]}
     return Told((shapes,), {"shapes": shapes, "colour": colour}, parts, str(wanted), asked)
 
@@ -311,11 +326,14 @@ def case(
     width, height = size or sides(rng, difficulty)
     layouts = LAYOUTS[kind]
     layout = rng.choice(layouts.held_out if held_out else layouts.seen)
-    font = rng.choice(HELD_OUT_FONTS if held_out else FONTS)
+    more = seed >= TRAINING and not held_out and rng.random() < 0.5
+    font = rng.choice(HELD_OUT_FONTS if held_out else MORE_FONTS if more else FONTS)
     text_px = rng.randint(round(26 - 12 * difficulty), round(40 - 10 * difficulty))
     told = CONTENT[kind](rng, difficulty, language)
     at = page(rng, width, height, font, text_px)
-    layouts.draw(at, layout, *told.drawn)
+    places = layouts.draw(at, layout, *told.drawn)
+    if kind == "count":
+        told = pointed(told, places, width, height)
 
     question = rng.choice(QUESTIONS[kind][language]).format(**told.asked)
     system = rng.choice((None, None, *SYSTEMS))

@@ -9,9 +9,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from qvq_serve.demo.build import build_config, save
 from qvq_serve.demo.tokenizer import VOCABULARY, tokenizer
-from qvq_serve.model import read_config
 
-CONFIG = Path(__file__).parent / "config.json"
 PART = 15 * 2**20
 """Bytes of a part."""
 NAME = "checkpoint.pt"
@@ -20,7 +18,7 @@ NAME = "checkpoint.pt"
 def new_model(seed: int = 72) -> Qwen2VLForConditionalGeneration:
     """The demo's model with seeded random weights, in float32."""
     torch.manual_seed(seed)
-    return Qwen2VLForConditionalGeneration(build_config(tokenizer(), VOCABULARY, read_config(CONFIG)))
+    return Qwen2VLForConditionalGeneration(build_config(tokenizer(), VOCABULARY))
 
 
 def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A canvas of numpy arrays: text, bars and shapes in tens of microseconds each, since training draws 10,000 a second.
+"""A canvas of numpy arrays: text, bars and shapes in tens of microseconds, since training draws thousands a second.
 
 Masks of words and shapes are kept. Coordinates are pixels, x to the right and y down; colours are (R, G, B), 0 to 255.
 """
@@ -20,20 +20,35 @@ Mask = NDArray[np.int16]
 PILLOW = "pillow"
 """Pillow's own font, which is there wherever Pillow is."""
 FONTS = (
-    PILLOW, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif",
-    "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBol", "cmr10", "cmb10", "cmtt10",
+    PILLOW, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono-Bold",
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+    "cmr10", "cmb10", "cmtt10",
 )  # fmt: skip
 HELD_OUT_FONTS = ("cmss10", "DejaVuSansMono")
 """Never drawn in training. All but Pillow's are files of Matplotlib's."""
+MORE_FONTS = (
+    *(f"font_roboto/Roboto-{style}.ttf" for style in ("Light", "Regular", "Medium", "Bold", "Italic")),
+    *(f"font_lato/Lato-{style}.ttf" for style in ("Light", "Regular", "Bold", "Black")),
+    *(f"font_manrope/Manrope-{style}.ttf" for style in ("Light", "Regular", "Bold")),
+    *(f"font_hanken_grotesk/HankenGrotesk-{style}.otf" for style in ("Light", "Regular", "Medium", "Bold")),
+    *(f"font_source_sans_pro/SourceSansPro-{style}.ttf" for style in ("Light", "Regular", "Semibold", "It")),
+    *(f"font_source_serif_pro/SourceSerifPro-{style}.ttf" for style in ("Regular", "Bold")),
+    *(f"font_caladea/Caladea-{style}.ttf" for style in ("Regular", "Bold")),
+)
+"""Drawn in training alone, beside FONTS: package and file."""
 
 
 @cache
 def font_file(name: str) -> Path:
-    """Matplotlib's file of a font. Raises FileNotFoundError where Matplotlib is not installed."""
-    spec = importlib.util.find_spec("matplotlib")
+    """The file of a font. Raises FileNotFoundError where the package that has it is not installed."""
+    package, _, file = name.rpartition("/")
+    spec = importlib.util.find_spec(package or "matplotlib")
     if spec is None or not spec.origin:
+        if package:
+            raise FileNotFoundError(f"the font {file} is in the package {package}; pip install qvq-serve[train]")
         raise FileNotFoundError(f"the font {name} is one of Matplotlib's; pip install matplotlib, or qvq-serve[bench]")
-    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf"
+    where = Path(spec.origin).parent
+    return where / "files" / file if package else where / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf"
 
 
 @cache
@@ -47,7 +62,7 @@ def face(font: str, size: int) -> tuple[Any, float]:
     return found, (top + bottom) / 2
 
 
-@lru_cache(maxsize=40_000)
+@lru_cache(maxsize=200_000)
 def word(font: str, size: int, text: str) -> tuple[Mask, int, int, int]:
     """A word's mask, the offsets of its left and of its top from its origin on a digit's middle, and its width."""
     letters, middle = face(font, size)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from qvq_serve.demo.draw import Canvas, Colour
 
@@ -101,27 +102,33 @@ def chart(at: Page, layout: str, bars: Sequence[tuple[str, int]]) -> None:
     longest = max(3, *(len(name) for name, _ in bars))
     colours = rng.sample(list(COLOURS.values()), len(COLOURS))
     same = rng.random() < 0.4
-    if layout in ("flat", "flat_inside"):
+    thin = 1.0 if rng.random() < 0.5 else rng.uniform(0.08, 1.0)
+    if layout in ("flat", "flat_right", "flat_middle", "flat_inside"):
         at.fit(longest + 10, len(bars) * 1.25 + 0.6)
         left = 8 + int(longest * at.size * 0.74)
         digits = max(len(str(value)) for _, value in bars)
-        room = canvas.width - left - (at.size * 0.72 * digits + 10 if layout == "flat" else 6)
+        room = canvas.width - left - (at.size * 0.72 * digits + 10 if layout in ("flat", "flat_right") else 6)
         row = (canvas.height - 12) / len(bars)
+        inside = layout in ("flat_middle", "flat_inside")
         for i, (name, value) in enumerate(bars):
             y, colour = 6 + row * (i + 0.5), colours[0 if same else i % len(colours)]
-            end = left + max(at.size * 2.2 if layout == "flat_inside" else 3, room * value / most)
-            thick = min(row * 0.36, at.size * 1.2) if layout == "flat" else max(row * 0.34, at.size * 0.62)
+            end = left + max(at.size * 2.2 if inside else 3, room * value / most)
+            thick = max(row * 0.34, at.size * 0.62) if inside else min(row * 0.36, at.size * 1.2) * thin
             canvas.fill(left, y - thick, end, y + thick, colour)
             at.text(left - 5, y, name, "r")
             if layout == "flat":
                 at.text(end + 5, y, str(value))
+            elif layout == "flat_right":
+                at.text(canvas.width - 6, y, str(value), "r")
+            elif layout == "flat_middle":
+                at.text((left + end) / 2, y, str(value), "m", (255, 255, 255))
             else:
                 at.text(end - 4, y, str(value), "r", (255, 255, 255))
         canvas.fill(left - 1, 4, left + 1, canvas.height - 4, at.ink)
         return
     at.fit((longest + 0.7) * len(bars) + 1, 9)
     top, bottom = at.size * rng.uniform(1.4, 2.6), canvas.height - at.size * 1.6
-    column = (canvas.width - 12) / len(bars)
+    column, before = (canvas.width - 12) / len(bars), (0.0, 0.0)
     if layout == "gridded":
         for i in range(1, 5):
             y = bottom - (bottom - top) * i / 4
@@ -129,8 +136,13 @@ def chart(at: Page, layout: str, bars: Sequence[tuple[str, int]]) -> None:
     for i, (name, value) in enumerate(bars):
         x, colour = 6 + column * (i + 0.5), colours[0 if same else i % len(colours)]
         y = bottom - max(at.size * 1.4 if layout == "inside" else 2, (bottom - top) * value / most)
-        half = column * rng.uniform(0.3, 0.44) if layout != "inside" else column * 0.45
-        if layout == "lollipop":
+        half = column * 0.45 if layout == "inside" else max(1.0, column * rng.uniform(0.3, 0.44) * thin)
+        if layout == "marks":  # a mark, and a line to the next one
+            if i:
+                canvas.line(*before, x, y, mixed(at.paper, at.ink, 0.5), 2)
+            canvas.fill(x - 5, y - 5, x + 5, y + 5, colour)
+            before, y = (x, y), y - 5
+        elif layout == "lollipop":
             canvas.fill(x - 2, y, x + 2, bottom, colour)
             canvas.shape("circle", int(x), int(y), 7, colour)
             y -= 7
@@ -139,7 +151,7 @@ def chart(at: Page, layout: str, bars: Sequence[tuple[str, int]]) -> None:
         if layout == "inside":
             at.text(x, y + at.size * 0.7, str(value), "m", (255, 255, 255))
         else:
-            if layout == "gridded":
+            if layout in ("gridded", "marks"):
                 canvas.fill(x - column * 0.4, y - at.size * 1.1, x + column * 0.4, y - 1, at.paper)
             at.text(x, y - at.size * 0.65, str(value), "m")
         at.text(x, bottom + at.size * 0.8, name, "m")
@@ -224,7 +236,8 @@ def places(at: Page, layout: str, count: int, radius: int) -> list[tuple[float, 
     return [(wide * (x + 0.5) + rng.uniform(-dx, dx), high * (y + 0.5) + rng.uniform(-dy, dy)) for x, y in cells]
 
 
-def count(at: Page, layout: str, shapes: Sequence[tuple[str, str]]) -> None:
+def count(at: Page, layout: str, shapes: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
+    """Draws the shapes and returns the middle of each, (x, y) in px."""
     canvas, rng = at.canvas, at.rng
     if sum(at.paper) < 300:  # a dark page would hide the dark colours
         canvas.fill(0, 0, canvas.width, canvas.height, (245, 245, 245))
@@ -235,10 +248,15 @@ def count(at: Page, layout: str, shapes: Sequence[tuple[str, str]]) -> None:
     radius = max(11, min(most, round(at.size * rng.uniform(0.8, 1.5))))
     if layout == "panel":
         canvas.frame(3, 3, canvas.width - 3, canvas.height - 3, at.accent, 3)
-    for (shape, colour), (x, y) in zip(shapes, places(at, layout, len(shapes), radius), strict=True):
+    middles = places(at, layout, len(shapes), radius)
+    if layout == "strips":
+        for i in range(0, canvas.height, 60):
+            canvas.fill(0, i, canvas.width, i + 30, (222, 227, 233))
+    for (shape, colour), (x, y) in zip(shapes, middles, strict=True):
         lighter = rng.randint(-12, 12)
         red, green, blue = (max(0, min(255, part + lighter + rng.randint(-3, 3))) for part in COLOURS[colour])
         canvas.shape(shape, round(x), round(y), radius, (red, green, blue))
+    return middles
 
 
 # Boxes: three edges that meet in a corner, each with its length.
@@ -246,6 +264,7 @@ def count(at: Page, layout: str, shapes: Sequence[tuple[str, str]]) -> None:
 SLANTS = {
     "right": (1.0, 0.0, 0.5, -0.4), "left": (1.0, 0.0, -0.5, -0.4), "corner": (0.86, -0.34, -0.72, -0.4),
     "shaded": (1.0, 0.0, 0.55, -0.42), "dashed": (1.0, 0.0, 0.42, -0.5), "steep": (0.9, 0.24, 0.62, -0.42),
+    "glass": (1.0, 0.0, 0.46, -0.34),
 }  # fmt: skip
 """Of each layout, where its width and its depth point, (x, y) each; the height points up."""
 
@@ -253,6 +272,7 @@ SLANTS = {
 def box(at: Page, layout: str, edges: Sequence[int]) -> None:
     rng, canvas = at.rng, at.canvas
     ax, ay, bx, by = SLANTS[layout]
+    bx, by = bx * rng.uniform(0.8, 1.2), by * rng.uniform(0.8, 1.2)
     # Drawn edges are between 1 and 2.2 long, as the numbers order them, whatever their ratio.
     most = max(edges)
     a, b, c = (1 + 1.2 * edge / most for edge in edges)
@@ -288,9 +308,10 @@ def box(at: Page, layout: str, edges: Sequence[int]) -> None:
             if one[axis] == 0:
                 two = (*one[:axis], 1, *one[axis + 1 :])
                 behind = hidden in (one, two)
-                if behind and layout != "dashed":
+                if behind and layout not in ("dashed", "glass"):
                     continue
-                canvas.line(*corner(*one), *corner(*two), at.ink, stroke, dash=6 if behind else 0)
+                faint = mixed(at.paper, at.ink, 0.4) if behind and layout == "glass" else at.ink
+                canvas.line(*corner(*one), *corner(*two), faint, stroke, 6 if behind and layout == "dashed" else 0)
     gap = at.size * 0.85
     # Of each edge, its ends, and where its label lies from its middle.
     ends = [
@@ -320,14 +341,19 @@ def written(at: Page, layout: str, left: int, sign: str, right: int) -> None:
     width, middle = at.size * 0.68 * (len(line) + 3), canvas.width / 2
     x = rng.uniform(width / 2 + 4, max(width / 2 + 4, canvas.width - width / 2 - 4))
     y = rng.uniform(at.size * 1.4, max(at.size * 1.4, canvas.height - at.size * 3.2))
-    if layout in ("line", "board", "card"):
+    if layout in ("line", "board", "tape", "card"):
         if layout == "board":
             canvas.fill(0, 0, canvas.width, canvas.height, (24 + rng.randrange(30), 50 + rng.randrange(30), 44))
             canvas.frame(0, 0, canvas.width, canvas.height, (150, 110, 60), max(4, at.size // 3))
+        if layout == "tape":
+            canvas.fill(0, y - at.size, canvas.width, y + at.size, at.soft)
         if layout == "card":
             canvas.fill(x - width / 2 - 4, y - at.size, x + width / 2 + 4, y + at.size, at.soft)
             canvas.frame(x - width / 2 - 4, y - at.size, x + width / 2 + 4, y + at.size, at.accent, 3)
         at.text(x, y, line + rng.choice((" =", " = ?", "")), "m", (240, 240, 230) if layout == "board" else at.ink)
+    elif layout == "apart":
+        for part, at_x in ((str(left), -0.3), (sign, rng.uniform(-0.05, 0.05)), (str(right), 0.3)):
+            at.text(middle + at_x * canvas.width, y, part, "m")
     elif layout == "boxes":
         cell = at.size * 0.62 * (len(str(max(left, right))) + 1.4)
         for part, at_x in ((str(left), -cell * 0.85), (sign, 0), (str(right), cell * 0.85)):
@@ -350,16 +376,21 @@ def written(at: Page, layout: str, left: int, sign: str, right: int) -> None:
 class Layouts:
     """A kind's drawing, the layouts that training sees, and those that it never does."""
 
-    draw: Callable[..., None]
+    draw: Callable[..., Any]
+    """Of counting, it returns the places of the shapes."""
     seen: tuple[str, ...]
     held_out: tuple[str, str]
 
 
 LAYOUTS = {
     "invoice": Layouts(invoice, ("plain", "ruled", "dotted", "striped"), ("boxed", "receipt")),
-    "chart": Layouts(chart, ("upright", "flat", "inside", "gridded"), ("lollipop", "flat_inside")),
+    "chart": Layouts(
+        chart,
+        ("upright", "flat", "inside", "gridded", "flat_right", "flat_middle", "marks"),
+        ("lollipop", "flat_inside"),
+    ),
     "table": Layouts(table, ("grid", "striped", "band", "plain"), ("rules", "tiles")),
-    "count": Layouts(count, ("scatter", "grid", "rows", "ring"), ("columns", "panel")),
-    "box": Layouts(box, ("right", "left", "corner", "shaded"), ("dashed", "steep")),
-    "written": Layouts(written, ("line", "column", "board", "stack"), ("card", "boxes")),
+    "count": Layouts(count, ("scatter", "grid", "rows", "ring", "strips"), ("columns", "panel")),
+    "box": Layouts(box, ("right", "left", "corner", "shaded", "glass"), ("dashed", "steep")),
+    "written": Layouts(written, ("line", "column", "board", "stack", "tape", "apart"), ("card", "boxes")),
 }

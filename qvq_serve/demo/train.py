@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--resume", type=Path, help="directory of a checkpoint to go on from")
     parser.add_argument("--span", type=float, nargs=2, default=(0.0, 1.0), help="the part of the schedule: 0 1 is all")
     parser.add_argument("--batch", type=int, default=256, help="images of 256 visual tokens in a step, or as much")
-    parser.add_argument("--rate", type=float, default=1.2e-3, help="peak of the learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak of the learning rate")
     parser.add_argument("--warm-up", type=int, default=300, help="steps until the learning rate is at its peak")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints of a leg")
@@ -84,6 +84,9 @@ def learn(
     loss = F.cross_entropy(logits, batch.targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(forward.model.parameters(), 1.0)
+    for weight in forward.model.parameters():
+        if weight.grad is not None:  # one step of infinite gradients (1 in 3,000 was seen) is left out, without a wait
+            weight.grad.nan_to_num_(0.0, 0.0, 0.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach(), logits.detach().argmax(-1) == batch.targets

@@ -15,6 +15,8 @@ SCRIPTS = (
 )  # fmt: skip
 """Bit i of a set of scripts; Greek is a symbol, as formulas are full of it."""
 ALL_SCRIPTS = 2 ** len(SCRIPTS) - 1
+STRAY = 2 ** len(SCRIPTS)
+"""The bit of a token that begins within a character: no set of scripts has it."""
 UNLIMITED = 2**24
 """A number of tokens that is never reached; float32 holds it exactly."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qvq_serve.governor.detect import word
-from qvq_serve.governor.policy import SCRIPTS
+from qvq_serve.governor.policy import SCRIPTS, STRAY
 from qvq_serve.hooks.language import script
 from qvq_serve.hooks.markers import MARKERS
 
@@ -42,7 +42,7 @@ class Vocabulary:
     """Tables over token ids, (V,) each, on the CPU; ids beyond the tokenizer's are neutral."""
 
     scripts: Tensor
-    """int16: the scripts of its letters as bits, policy.SCRIPTS."""
+    """int16: the scripts of its letters as bits, policy.SCRIPTS, and policy.STRAY."""
     opens: Tensor
     """int8: bytes that a character begun in it lacks at its end; -1 where none begins or ends in it."""
     closes: Tensor
@@ -80,9 +80,10 @@ def left_open(spelling: bytes) -> tuple[int, int]:
 
 
 def letters(spelling: bytes) -> int:
-    """The scripts of a token's letters as bits, of a cut character by its first byte where that tells."""
+    """The scripts of a token's letters as bits, of a cut character by its first byte where that tells, and STRAY."""
     opens, begins = left_open(spelling)
-    whole, bits = spelling[:begins] if opens > 0 else spelling, 0
+    whole = spelling[:begins] if opens > 0 else spelling
+    bits = STRAY if spelling and needed(spelling[0]) < 0 else 0
     for character in whole.decode("utf-8", "ignore"):
         if (name := script(character)) and name != "Greek":
             bits |= 1 << SCRIPTS.index(name if name in SCRIPTS else "Other")

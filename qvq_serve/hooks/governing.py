@@ -99,15 +99,19 @@ def act(given: Orders, tokenizer: Any, ids: list[int], answer: int) -> Act | Non
     from qvq_serve.governor.core import first_end
 
     conclusion, words = writing(tokenizer)
+
+    def loop(end: list[int]) -> tuple[int, bool]:
+        return loop_at_end(end, words) if given.loop else (0, False)
+
     at = first_end(ids, [conclusion])
     if at:
-        period, found = loop_at_end(ids[: at - len(conclusion)], words)
+        period, found = loop(ids[: at - len(conclusion)])
         at_budget = given.budget != UNLIMITED and at - len(conclusion) >= given.budget
         why = "loop" if found or not (at_budget or given.sure) else "budget" if at_budget else "sure"
         rest = [token for token in ids[at:] if token not in tokenizer.all_special_ids]
-        ended = "looped" if loop_at_end(rest, words)[1] else "length" if len(rest) >= given.limit else "concluded"
+        ended = "looped" if loop(rest)[1] else "length" if len(rest) >= given.limit else "concluded"
         return Act(ended, why, period)
-    period, found = loop_at_end(ids[answer:], words)
+    period, found = loop(ids[answer:])
     return Act("looped", "loop", period) if found else None
 
 

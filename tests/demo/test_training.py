@@ -46,7 +46,8 @@ def test_any_text_can_be_encoded_and_digits_stay_apart() -> None:
     for text in ("Ω≈ç 🎂 \x00\x7f", "".join(map(chr, range(256))), case(1).reply):
         assert tokenizer().decode(tokenizer().encode(text)) == text
     assert tokenizer().tokenize("1024") == list("1024")
-    assert len(encode(case(3).reply)) < len(case(3).reply) / 1.9
+    replies = [case(seed).reply for seed in range(20)]
+    assert sum(len(encode(reply)) for reply in replies) < sum(map(len, replies)) / 1.5
 
 
 def test_the_prompt_is_the_chat_templates() -> None:

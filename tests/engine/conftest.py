@@ -112,7 +112,7 @@ def up(server: Server) -> bool:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty cache directory: the demo model is built in it, as on a new machine."""
+    """An empty cache directory, as on a new machine."""
     return tmp_path_factory.mktemp("cache")
 
 

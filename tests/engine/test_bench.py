@@ -31,7 +31,7 @@ def test_a_run_reads_tokens_memory_and_the_launch_from_our_server(server: Server
     step = found["steps"][0]
     assert step["outcomes"]["ok"] == 16 and step["throughput"]["images_per_second"] > 0
     memory = step["memory"]
-    assert memory["kv_capacity_tokens"] > 100_000
+    assert memory["kv_capacity_tokens"] > 80_000
     assert 0 < memory["kv_usage_peak"] < 1 and memory["preemptions"] == 0 and memory["running_peak"] >= 2
     assert memory["headroom"]["kv_tokens"] == pytest.approx(
         memory["kv_capacity_tokens"] * (1 - memory["kv_usage_peak"])

@@ -14,20 +14,20 @@ from qvq_serve.errors import StartError
 from tests.engine.conftest import KEY, Server, serving
 from tests.governor.served import FLAGS, LOOP, asking, cases, raw
 
-BYTE_E5 = 164
-"""The demo's token of the byte E5, which begins Han characters."""
+BYTE_E8 = 164
+"""The demo's token of the byte E8, which begins Han characters."""
 
 
 @pytest.fixture(scope="module")
 def governed(cache: Path) -> Iterator[Server]:
     """A server with a cache so small that requests are preempted, and prompts that are filled in chunks."""
-    engine = ["--", "--kv-cache-memory-bytes", "18000000", "--max-num-batched-tokens", "512"]
+    engine = ["--", "--kv-cache-memory-bytes", "54000000", "--max-num-batched-tokens", "512"]
     with serving(cache, "--demo", *FLAGS, *engine) as running:
         yield running
 
 
 def test_all_cases_hold(governed: Server) -> None:
-    seen = list(cases(asking(governed.url, KEY), governed.url, KEY, BYTE_E5))
+    seen = list(cases(asking(governed.url, KEY), governed.url, KEY, BYTE_E8))
     assert [(case, told) for case, held, told in seen if not held] == [] and len(seen) == 13
 
 

@@ -82,7 +82,8 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     yield "each of n choices", all(seen.get("governor", {}).get("found") == "loop" for seen in several), several
 
     for budget in (8, 100):
-        seen = ask(max_tokens=300, thinking_token_budget=budget, governor={"loop": False}, **NO_DETECTION)["qvq"]
+        asked = LOOP | NO_DETECTION | {"max_tokens": 300, "governor": {"loop": False}}
+        seen = ask(**asked, thinking_token_budget=budget)["qvq"]
         held = seen["governor"]["found"] == "budget" and budget <= seen["reasoning_tokens"] <= budget + 2
         yield f"a budget of {budget}", held, seen
 
@@ -104,14 +105,16 @@ def cases(ask: Ask, url: str, key: str | None, han: int) -> Iterator[tuple[str, 
     made = ask(**biased, governor={"answer_tokens": 40})
     message = made["choices"][0]["message"]
     latin = not re.search("[\u4e00-\u9fff\ufffd]", message["content"])
-    yield "an answer keeps to the question's scripts", latin and len(message["content"]) >= 10, made["qvq"]
+    yield "an answer keeps to the question's scripts", latin and len(message["content"]) >= 5, made["qvq"]
     made = ask(**biased, governor={"answer_tokens": 40, "scripts": ["Han"]})
     free = made["choices"][0]["message"]["content"]
     yield "or to those that are asked for", bool(re.search("[\u4e00-\u9fff\ufffd]", free)), made["qvq"]
 
     before = preemptions(url, key)
     bodies = [{"text": f"{at}: how much?", "seed": at, "max_tokens": 900} for at in range(40)]
-    bodies = [body | (LOOP if at % 3 == 0 else {"governor": NO_ENDS}) for at, body in enumerate(bodies)]
+    bodies = [
+        body | (LOOP if at % 3 == 0 else {"governor": NO_ENDS, "min_tokens": 900}) for at, body in enumerate(bodies)
+    ]
     with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
         together = list(pool.map(lambda body: ask(**body), bodies))
     happened = preemptions(url, key) - before

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvq_serve.governor.core import COUNTED, FORCE, Governor, Text
 from qvq_serve.governor.detect import EVERY, WINDOW
-from qvq_serve.governor.policy import ALL_SCRIPTS, Orders, script_bits
+from qvq_serve.governor.policy import ALL_SCRIPTS, STRAY, Orders, script_bits
 from qvq_serve.governor.tokens import Vocabulary
 
 VOCABULARY = 400
@@ -30,7 +30,7 @@ def vocabulary() -> Vocabulary:
         ("ends_step", torch.bool), ("mentions", torch.bool))}  # fmt: skip
     table["scripts"][HAN] = script_bits(["Han"]) & ~1
     table["scripts"][HALF], table["opens"][HALF] = script_bits(["Han"]) & ~1, 2
-    table["opens"][REST], table["closes"][REST] = -1, 2
+    table["opens"][REST], table["closes"][REST], table["scripts"][REST] = -1, 2, STRAY
     table["ends_step"][NEWLINE] = table["mentions"][IMAGE] = True
     return Vocabulary(**table, circling=torch.tensor([WAIT]))
 
@@ -132,6 +132,7 @@ def test_who_does_nothing_wrong_is_left_alone_to_the_bit() -> None:
         before = logits.clone()
         tokens = torch.tensor([random.Random(f"{step} {row}").randrange(380) for row in range(3)])
         governor.apply(logits, torch.tensor([2, 0, 1]), tokens, torch.full((3,), step), everything)
+        logits[:, REST] = before[:, REST]  # half a character's end, where none was begun, is never right
         assert torch.equal(logits, before)
 
 
@@ -235,6 +236,7 @@ def test_an_answer_keeps_to_its_scripts_and_the_reasoning_is_free() -> None:
 
 def test_a_character_that_was_begun_is_finished_before_anything_is_masked_or_forced() -> None:
     assert steered([1, *NATURAL[0], HALF], {HAN: 5.0, REST: 4.0}, hold=1, scripts=1) == {HAN: 5.0, REST: 4.0}
+    assert steered([1, *NATURAL[0]], {REST: 4.0, 7: 1.0}, hold=1, scripts=ALL_SCRIPTS) == {REST: float("-inf"), 7: 1.0}
     assert steered([1, *NATURAL[0], HALF, REST], {HAN: 5.0}, hold=1, scripts=1) == {HAN: float("-inf")}
     assert steered([1, 2, HALF], {MARKER[0]: 0.0}, budget=2)[MARKER[0]] == 0.0
     assert steered([1, 2, HALF, REST], {MARKER[0]: 0.0}, budget=3)[MARKER[0]] == FORCE

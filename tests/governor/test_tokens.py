@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qvq_serve.governor.policy import script_bits
+from qvq_serve.governor.policy import STRAY, script_bits
 from qvq_serve.governor.tokens import (
     Vocabulary,
     conclusion_tokens,
@@ -39,6 +39,12 @@ def test_scripts_of_tokens(vocabulary: Vocabulary, text: str, scripts: list[str]
 @pytest.mark.parametrize("text", ["7", " +", "**", "\n\n", "α", "。", "\\"])
 def test_digits_symbols_and_greek_have_no_script(vocabulary: Vocabulary, text: str) -> None:
     assert vocabulary.scripts[token(text)] == 0
+
+
+def test_a_token_that_begins_within_a_character_belongs_to_no_script(vocabulary: Vocabulary) -> None:
+    fragments = [each for each in range(len(tokenizer())) if vocabulary.opens[each] < 0]
+    assert len(fragments) >= 64 and all(vocabulary.scripts[each] & STRAY for each in fragments)
+    assert not vocabulary.scripts[token("图")] & STRAY
 
 
 def test_special_tokens_and_what_is_beyond_the_tokenizer_are_neutral(vocabulary: Vocabulary) -> None:

@@ -226,6 +226,94 @@ def test_an_uninstall_keeps_the_weights() -> None:
     assert claim["spec"]["resources"]["requests"]["storage"] == "151Gi"
 
 
+def made(*values: str) -> list[dict[str, Any]]:
+    """What is rendered with these values over the defaults."""
+    done = template(*(part for value in values for part in ("--set", value)))
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+MINE = ("weights.kind=existingClaim", "weights.existingClaim=mine")
+HOST = ("weights.kind=hostPath", "weights.hostPath=/srv/models")
+
+
+@pytest.mark.parametrize(("values", "volume", "brought"), [
+    ((), {"persistentVolumeClaim": {"claimName": "qvq-weights"}}, True),
+    (("weights.download=false",), {"persistentVolumeClaim": {"claimName": "qvq-weights"}}, False),
+    (MINE, {"persistentVolumeClaim": {"claimName": "mine"}}, True),
+    ((*MINE, "weights.download=false"), {"persistentVolumeClaim": {"claimName": "mine"}}, False),
+    (HOST, {"hostPath": {"path": "/srv/models", "type": "Directory"}}, False),
+    (("profile=demo",), {"emptyDir": {}}, False),
+])  # fmt: skip
+def test_the_server_has_its_weights_and_waits_for_them_where_a_job_brings_them(
+    values: tuple[str, ...], volume: dict[str, Any], brought: bool
+) -> None:
+    manifests = made(*values)
+    (pod,) = [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
+    assert [v for v in pod["volumes"] if v["name"] == "models"] == [{"name": "models", **volume}]
+    jobs = [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Job"]
+    waits = pod.get("initContainers", [])
+    assert len(jobs) == len(waits) == brought
+    claims = {m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
+    assert ("qvq-weights" in claims) == (volume.get("persistentVolumeClaim") == {"claimName": "qvq-weights"})
+    for job, wait in zip(jobs, waits, strict=True):
+        assert {v["name"]: v for v in job["volumes"]}["models"] == {"name": "models", **volume}
+        model = job["containers"][0]["command"][-1]
+        assert wait["command"] == ["qvq-serve", "download", "--wait", "--model", model]
+        assert wait["env"] == job["containers"][0]["env"][:1] == [{"name": "QVQ_CACHE", "value": "/models"}]
+
+
+@pytest.mark.parametrize(("kind", "volume"), [
+    ("emptyDir", {"emptyDir": {"sizeLimit": "20Gi"}}), ("claim", {"persistentVolumeClaim": {"claimName": "qvq-cache"}}),
+])  # fmt: skip
+def test_what_is_compiled_is_kept_on_a_volume(kind: str, volume: dict[str, Any]) -> None:
+    manifests = made(f"compileCache.kind={kind}", "compileCache.size=20Gi")
+    (pod,) = [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
+    assert {"name": "cache", **volume} in pod["volumes"]
+    server = pod["containers"][0]
+    (path,) = [m["mountPath"] for m in server["volumeMounts"] if m["name"] == "cache"]
+    caches = {e["name"]: e["value"] for e in server["env"] if "CACHE" in e["name"] and e["name"] != "QVQ_CACHE"}
+    assert len(caches) >= 3 and all(value.startswith(path) for value in caches.values())
+    claimed = [m["spec"]["resources"]["requests"]["storage"] for m in manifests
+               if m["kind"] == "PersistentVolumeClaim" and m["metadata"]["name"] == "qvq-cache"]  # fmt: skip
+    assert claimed == (["20Gi"] if kind == "claim" else [])
+
+
+def test_the_bench_and_the_helm_test_ask_the_service_with_a_key() -> None:
+    manifests = made("bench.enabled=true", "service.port=9000", "apiKeys.existingSecret=keys")
+    (service,) = [m for m in manifests if m["kind"] == "Service" and m["metadata"]["name"] == "qvq"]
+    assert service["spec"]["ports"][0]["port"] == 9000
+    bench = next(m["spec"]["template"]["spec"] for m in manifests if m["metadata"]["name"].startswith("qvq-bench-"))
+    (test,) = [m for m in manifests if m["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
+    for pod, program in ((bench, "qvq-bench sweep"), (test["spec"], "qvq-serve ask")):
+        (container,) = pod["containers"]
+        assert f'exec {program} "$@"' in container["command"][2] and "/etc/qvq-keys/keys" in container["command"][2]
+        assert "--url=http://qvq:9000" in container["command"]
+        assert {"name": "keys", "secret": {"secretName": "keys"}} in pod["volumes"]
+    written = next(each for each in bench["containers"][0]["command"] if each.startswith("--out="))
+    kept = {m["name"]: m["mountPath"] for m in bench["containers"][0]["volumeMounts"]}["results"]
+    assert written.startswith(f"--out={kept}/") and "--resume" in bench["containers"][0]["command"]
+    assert {"name": "results", "persistentVolumeClaim": {"claimName": "qvq-bench"}} in bench["volumes"]
+
+
+@pytest.mark.parametrize("program", ["qvq-bench", "qvq-serve"])
+def test_their_commands_are_ones_that_the_programs_take(program: str) -> None:
+    """Run as they are rendered, but for the server's address, against which nothing listens."""
+    manifests = made("bench.enabled=true")
+    pods = [
+        m["spec"]["template"]["spec"] if m["kind"] == "Job" else m["spec"]
+        for m in manifests
+        if m["kind"] in ("Job", "Pod")
+    ]
+    (container,) = [p["containers"][0] for p in pods if f"exec {program} " in str(p["containers"][0]["command"])]
+    command = [part.replace("http://qvq:", "http://127.0.0.9:") for part in container["command"]]
+    bin = str(Path(sys.executable).parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False,
+                          env={"PATH": f"{bin}:{os.environ['PATH']}", "HOME": "/tmp"})  # fmt: skip
+    assert done.returncode in (2, 3), done.stderr
+    assert "127.0.0.9" in done.stderr and "usage:" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_profile_that_is_mounted_is_the_file_of_launch_profiles() -> None:
     import tomllib
 

@@ -62,9 +62,9 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_an_unwritable_cache_is_named() -> None:
-    done = qvq_serve("--demo", "--port", "18999", QVQ_CACHE="/proc/none")
+    done = qvq_serve("download", "--model", "qvq-72b", QVQ_CACHE="/proc/none")
     assert done.returncode == 3
-    assert "the cache directory /proc/none cannot be written" in done.stderr
+    assert "/proc/none/models/Qwen/QVQ-72B-Preview cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -127,6 +127,33 @@ def test_plan_as_json_has_every_use() -> None:
     }  # fmt: skip
     assert found["fits"] is True
     assert set(found["max_requests"]) == {"at_max_model_len", "typical"}
+
+
+@pytest.fixture
+def in_blocks(tmp_path: Path) -> str:
+    """QVQ's config in FP8 with a scale a block of 128 x 128, which only --tp 1 does not cut: 29568 is 128 x 231."""
+    config = json.loads((Path(__file__).parents[2] / "qvq_serve" / "configs" / "qvq-72b.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"FP8_BLOCK": {"weights": weights}}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("way", [["plan", "--gpu", "h200"], ["plan", "--gpu", "h200", "--values"], ["--dry-run"]])
+def test_groups_that_a_split_cuts_are_refused_by_the_plan_too(way: list[str], in_blocks: str) -> None:
+    """`plan --tp 2` gave such a checkpoint 568144 tokens on two H200, and exit code 0; vLLM refuses it."""
+    done = qvq_serve(*way, "--model", in_blocks, "--tp", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--tp 2: 29568 MLP columns give each GPU 14784" in done.stderr
+
+
+def test_no_split_that_cuts_groups_is_proposed(in_blocks: str) -> None:
+    """It was `would fit: 2 GPUs (--tp 2)`, and --fit's `--model …/in_blocks --tp 2`."""
+    card = ("plan", "--gpu", "h100", "--model", in_blocks)
+    done = qvq_serve(*card)
+    assert (done.returncode, "--tp" in done.stdout) == (4, False)
+    fitted = qvq_serve(*card, "--num-gpus", "2", "--fit").stdout.splitlines()[-1]
+    assert fitted == "qvq-serve --model qvq-72b-awq --tp 2 --kv-cache-dtype fp8"
 
 
 def test_plan_fit_prints_the_line_that_starts_it() -> None:

@@ -1,0 +1,156 @@
+"""Whether the stack keeps an image intact: the trained demo's answers through the server, against transformers'.
+
+60 cases that were never in training, half of them with fonts and layouts that no training saw. With the same images
+hardly an answer may be another one (OTHER). With other sizes, or two workers, answers change now and then, and how many
+are right is compared: NOISE of all and KIND_NOISE of a kind are allowed.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import Qwen2VLForConditionalGeneration
+
+from qvq_serve.demo import DIRECTORY
+from qvq_serve.demo.batch import messages
+from qvq_serve.demo.cases import KINDS, Case, case
+from qvq_serve.demo.score import accuracy, replies
+from qvq_serve.hooks.answer import boxed_answer
+from tests.engine.conftest import Server, data_url, serving
+
+NOISE, KIND_NOISE, OTHER = 0.1, 0.3, 0.05
+TOKENS = 320
+CASES = [case(20_000 + i, KINDS[i % len(KINDS)], held_out=i // len(KINDS) % 2 == 1) for i in range(60)]
+
+Url = Callable[[Image.Image], str]
+Change = Callable[[Image.Image], Image.Image]
+
+
+def asked(one: Case, url: str) -> list[dict[str, Any]]:
+    """A case as a request's messages."""
+    *system, user = messages(one)
+    parts = [{"type": "image_url", "image_url": {"url": url}}, *user["content"][1:]]
+    return [*system, {"role": "user", "content": parts}]
+
+
+def text_of(answer: httpx.Response, stream: bool) -> str:
+    """Reasoning and answer, of a stream put together."""
+    if not stream:
+        message = answer.json()["choices"][0]["message"]
+        return f"{message.get('reasoning') or ''}\n\n{message.get('content') or ''}"
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "\n\n".join("".join(delta.get(part) or "" for delta in deltas) for part in ("reasoning", "content"))
+
+
+def served(server: Server, cases: Sequence[Case], url: Url = data_url, **body: Any) -> list[str]:
+    """What the server writes to each case."""
+
+    def one(given: Case) -> str:
+        request = {"messages": asked(given, url(given.image)), "temperature": 0, "max_tokens": TOKENS} | body
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=request, headers=server.headers, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return text_of(answer, bool(body.get("stream")))
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, cases))
+
+
+def lost(texts: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
+    """By kind and in all, how much less is right than in the reference, where it is more than noise.
+
+    `texts` are of the first cases, as many as there are.
+    """
+    cases = CASES[: len(texts)]
+    found, expected = accuracy(cases, texts), accuracy(cases, reference[: len(texts)])
+    less = {kind: expected[kind] - found[kind] for kind in found}
+    return {kind: by for kind, by in less.items() if by > (NOISE if kind == "all" else KIND_NOISE) + 1e-9}
+
+
+def spoiled(texts: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
+    """What is lost, and the share of other answers, right or wrong, where it is more than OTHER."""
+    other = [boxed_answer(a) != boxed_answer(b) for a, b in zip(texts, reference, strict=False)]
+    share = sum(other) / len(texts)
+    return lost(texts, reference) | ({"other answers": share} if share > OTHER else {})
+
+
+@pytest.fixture(scope="module")
+def seeing(cache: Path) -> Iterator[Server]:
+    with serving(cache, "--demo") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[str]:
+    """What transformers' own model writes."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(DIRECTORY, dtype=torch.float32)
+    return replies(model, CASES, TOKENS)
+
+
+def test_the_demo_sees(reference: list[str]) -> None:
+    found = accuracy(CASES, reference)
+    assert found["all"] >= 0.8, found
+
+
+def test_the_server_answers_as_transformers_does(seeing: Server, reference: list[str]) -> None:
+    texts = served(seeing, CASES)
+    assert spoiled(texts, reference) == {}
+    assert spoiled(served(seeing, CASES[:24], stream=True), texts) == {}
+
+
+@pytest.mark.parametrize(("bounds", "cases"), [((256, 320), 60), ((1_024, 1_280), 24)], ids=["few", "many"])
+def test_accuracy_holds_with_few_and_with_many_visual_tokens(
+    seeing: Server, reference: list[str], bounds: tuple[int, int], cases: int
+) -> None:
+    least, most = bounds
+    texts = served(seeing, CASES[:cases], min_visual_tokens=least, max_visual_tokens=most)
+    assert lost(texts, reference) == {}
+
+
+def test_two_workers_see_as_one_does(cache: Path, reference: list[str]) -> None:
+    with serving(cache, "--demo", "--tp", "2") as two:
+        assert lost(served(two, CASES[:36]), reference) == {}
+
+
+def turned(image: Image.Image) -> str:
+    """As a camera that is held upright stores it: on its side, with a tag that says so."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_an_image_that_lies_on_its_side_is_set_upright(seeing: Server, reference: list[str]) -> None:
+    assert spoiled(served(seeing, CASES[:36], turned), reference) == {}
+
+
+BREAKAGES: dict[str, Change] = {
+    "channels in wrong order": lambda image: Image.merge("RGB", image.split()[::-1]),
+    "no orientation": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "squeezed": lambda image: image.resize((image.width, max(28, image.height // 3))),
+    "clamped to 64 visual tokens": lambda image: ImageOps.contain(image, (224, 224)),
+    "blank": lambda image: Image.new("RGB", image.size, (255, 255, 255)),
+}
+
+
+BLIND = "the demo counts the largest group of one colour, whichever colour is asked for"
+FOUND = [
+    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BLIND)) if "channels" in name else name
+    for name in BREAKAGES
+]
+
+
+@pytest.mark.parametrize("breakage", FOUND)
+def test_a_stack_that_spoils_images_is_found_out(seeing: Server, reference: list[str], breakage: str) -> None:
+    texts = served(seeing, CASES[:36], lambda image: data_url(BREAKAGES[breakage](image)))
+    found = spoiled(texts, reference)
+    print(breakage, found)
+    assert found
