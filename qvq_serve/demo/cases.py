@@ -237,10 +237,13 @@ def table(rng: random.Random, difficulty: float, language: str) -> Told:
 def count(rng: random.Random, difficulty: float, language: str) -> Told:
     colour = rng.choice(list(COLOURS))
     wanted = rng.randint(1, 3 + round(6 * difficulty))
-    others = rng.randint(0, 1 + round(6 * difficulty))
+    rest = rng.sample([other for other in COLOURS if other != colour], rng.randint(1, 3))
+    if rng.random() < 0.5:
+        others = [rng.choice(rest) for _ in range(rng.randint(0, 1 + round(6 * difficulty)))]
+    else:  # a rival as large or larger: the largest group is no answer
+        others = rest[:1] * rng.randint(wanted, wanted + 2) + rest[1:]
     kinds = rng.sample(SHAPES, rng.randint(1, 3))
-    rest = [other for other in COLOURS if other != colour]
-    shapes = [(rng.choice(kinds), colour if i < wanted else rng.choice(rest)) for i in range(wanted + others)]
+    shapes = [(rng.choice(kinds), one) for one in [colour] * wanted + others]
     rng.shuffle(shapes)
     if language == "en":
         parts = (f"I look for the {colour} shapes.", f"I count them one by one: {POINTS}.", f"So there are {wanted}.")
@@ -331,6 +334,8 @@ def case(
     text_px = rng.randint(round(26 - 12 * difficulty), round(40 - 10 * difficulty))
     told = CONTENT[kind](rng, difficulty, language)
     at = page(rng, width, height, font, text_px)
+    if seed >= TRAINING and not held_out:
+        at.clutter(random.Random(f"clutter {seed}"))
     places = layouts.draw(at, layout, *told.drawn)
     if kind == "count":
         told = pointed(told, places, width, height)

@@ -44,10 +44,16 @@ def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, 
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What `write` wrote. Raises FileNotFoundError where a directory has no part of a checkpoint."""
+    """What `write` wrote, or a model's weights as `export` wrote them, with new moments.
+
+    Raises FileNotFoundError where a directory has neither.
+    """
+    if (directory / "model.safetensors").is_file():
+        model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+        return {"weights": dict(model.named_parameters()), "moments": {}, "step": 0, "state": {"steps": 0}}
     parts = sorted(directory.glob(f"{NAME}.*"), key=lambda path: int(path.suffix[1:]))
     if not parts:
-        raise FileNotFoundError(f"no {NAME}.0 in {directory}")
+        raise FileNotFoundError(f"neither {NAME}.0 nor model.safetensors in {directory}")
     whole = io.BytesIO(b"".join(path.read_bytes() for path in parts))
     found: dict[str, Any] = torch.load(whole, weights_only=True)
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from qvq_serve.demo import clutter
 from qvq_serve.demo.draw import Canvas, Colour
 
 COLOURS: dict[str, Colour] = {
@@ -28,9 +29,22 @@ class Page:
     paper: Colour
     accent: Colour
     soft: Colour
+    around: Callable[[float, float, float, int], None] | None = None
+    """Draws marks round a word, given its left, its middle's y, its width and its size; in training alone."""
 
     def text(self, x: float, y: float, text: str, align: str = "l", colour: Colour | None = None) -> int:
-        return self.canvas.text(x, y, text, self.font, self.size, colour or self.ink, align)
+        width = self.canvas.text(x, y, text, self.font, self.size, colour or self.ink, align)
+        if self.around:
+            self.around(x if align == "l" else x - width / 2 if align == "m" else x - width, y, width, self.size)
+        return width
+
+    def clutter(self, rng: random.Random) -> None:
+        """Marks that mean nothing, behind what is drawn and round its words."""
+        strong = rng.choice(((self.ink, self.accent), (mixed(self.paper, self.ink, 0.4), self.accent)))
+        if rng.random() < 0.4:
+            clutter.behind(rng, self.canvas, (*strong, self.soft))
+        if rng.random() < 0.4:
+            self.around = clutter.rounder(rng, self.canvas, strong)
 
     def fit(self, columns: float, rows: float) -> float:
         """Lowers the text's size until `columns` characters and `rows` lines have room, and returns a line's height."""

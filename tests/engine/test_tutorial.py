@@ -1,6 +1,5 @@
 """The tutorial's own program, on the same checkpoint in float32, and our server: the same prompt, the same answer."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 from vllm.transformers_utils.processor import get_processor
 
+from qvq_serve.demo import DIRECTORY
 from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
 from qvq_serve.visual import pixels
 from tests.engine.conftest import Server, data_url, photo, user
@@ -19,11 +19,10 @@ LEAST, MOST = pixels(256), pixels(1280)
 
 
 @pytest.fixture(scope="module")
-def tutorial(server: Server) -> tuple[Any, Any]:
+def tutorial() -> tuple[Any, Any]:
     """The tutorial's model and processor, from the checkpoint that the server serves."""
-    directory = next(Path(server.cache).glob("demo-*"))
-    model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(directory, min_pixels=LEAST, max_pixels=MOST)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(DIRECTORY, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(DIRECTORY, min_pixels=LEAST, max_pixels=MOST)
 
 
 def prepare(processor: Any, image: Image.Image) -> Any:
@@ -69,7 +68,7 @@ def test_an_image_that_is_resized_gets_the_same_prompt_and_nearly_the_same_pixel
     answer = server.chat(user({"url": data_url(image)}, QUESTION), max_tokens=1, return_token_ids=True).json()
     assert answer["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     bounds = {"shortest_edge": LEAST, "longest_edge": MOST}
-    ours = get_processor(str(next(server.cache.glob("demo-*")))).image_processor(
+    ours = get_processor(str(DIRECTORY)).image_processor(
         image, size=bounds, return_tensors="pt"
     )
     assert ours["image_grid_thw"].tolist() == inputs["image_grid_thw"].tolist()
