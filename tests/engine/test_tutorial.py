@@ -68,9 +68,7 @@ def test_an_image_that_is_resized_gets_the_same_prompt_and_nearly_the_same_pixel
     answer = server.chat(user({"url": data_url(image)}, QUESTION), max_tokens=1, return_token_ids=True).json()
     assert answer["prompt_token_ids"] == inputs["input_ids"][0].tolist()
     bounds = {"shortest_edge": LEAST, "longest_edge": MOST}
-    ours = get_processor(str(DIRECTORY)).image_processor(
-        image, size=bounds, return_tensors="pt"
-    )
+    ours = get_processor(str(DIRECTORY)).image_processor(image, size=bounds, return_tensors="pt")
     assert ours["image_grid_thw"].tolist() == inputs["image_grid_thw"].tolist()
     difference = (ours["pixel_values"] - inputs["pixel_values"]).abs() * 0.27 * 255
     assert difference.mean() < 1
