@@ -3,8 +3,8 @@
 Nothing here waits for the device, has a shape that depends on data, or loops over requests; all state is a function of
 the request's tokens and of the step's number, so that the ranks of a tensor-parallel group agree, and a step that is
 run again (a prefill in chunks, after a preemption) does nothing twice. What is decided is decided for all slots at
-once, in tensors that stay where they are: on a GPU by CUDA graphs, since the host took 3 ms to launch the hundreds of
-small kernels one by one (H100, 2026-11-24).
+once, in tensors that stay where they are: on a GPU by CUDA graphs of what torch.compile made of the hundreds of small
+kernels. One by one the host took 3 ms to launch them, and as they were a graph of them took 0.3 ms (H100, 2026-11).
 
 Shapes: S slots, R rows of a batch, V vocabulary, W window.
 """
@@ -31,8 +31,6 @@ LOOKS = 4
 SAMPLED = 8
 """Of so many rows one has its entropy taken in a step."""
 SCRIPTS_COLUMN = Orders._fields.index("scripts")
-ROWS = 32
-"""Rows that are masked at once: (ROWS, V) is the largest tensor made here."""
 COUNTED = ("found", "loop", "budget", "sure", "second_loop", "limit", "look")
 """Loops found; turns made to conclude by a loop, a budget, being sure; turns ended by a second loop, by the limit of
 tokens after a conclusion; looks back. Observing, those that would have been."""
@@ -98,15 +96,32 @@ class Governor:
         self.token, self.due = each(0, torch.int64), each(0, torch.bool)
         self.circling, self.foreign = each(0, torch.float32), each(0, torch.float32)
         self.choices = self.written[[0, len(text.lead)]]
+        self.total, self.uncertainty, self.mask = total, uncertainty, mask
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if device.type == "cuda":
             with torch.cuda.device(device):
+                self.compile()
                 self.capture()
+
+    def compile(self) -> None:
+        """Compile what goes over whole rows of logits, for any number of rows: 1, which is its own case, and more."""
+        self.total, self.uncertainty, self.mask = (
+            torch.compile(one, dynamic=True) for one in (total, uncertainty, mask)
+        )
+        size, device = len(self.vocabulary.scripts), self.orders.device
+        with torch.inference_mode():  # as vLLM's workers run; what is compiled elsewhere would be compiled again
+            for rows in (1, 2, SAMPLED + 1):
+                logits = torch.zeros(rows, size, device=device)
+                others, strength = self.foreign.new_zeros(rows, 1, dtype=torch.int16), self.foreign.new_zeros(rows, 1)
+                self.total(logits)
+                self.uncertainty(logits[::SAMPLED])
+                self.mask(logits, self.vocabulary.scripts, others, strength)
 
     def capture(self) -> None:
         """Record what is decided, and a look at each share, as CUDA graphs; as yet there are no requests."""
         pool = torch.cuda.graph_pool_handle()
-        runs: list[Callable[[], None]] = [self.decide, *(partial(self.look, share) for share in self.shares)]
+        decide, look = (torch.compile(run, fullgraph=True, dynamic=False) for run in (self.decide, self.look))
+        runs: list[Callable[[], None]] = [decide, *(partial(look, share) for share in self.shares)]
         for run in runs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -170,8 +185,7 @@ class Governor:
         self.last[slots] = last.long()
         self.possible[slots] = logits[:, self.choices] > -torch.inf
         if wanted.sure and len(self.firsts):
-            whole = logits.float().logsumexp(1)
-            self.likely[slots] = (logits[:, self.firsts].float().logsumexp(1) - whole).exp()
+            self.likely[slots] = (logits[:, self.firsts].float().logsumexp(1) - self.total(logits)).exp()
         if wanted.looks:
             self.measure(logits, slots, seen)
         share = self.step // (EVERY // LOOKS) % LOOKS
@@ -205,9 +219,8 @@ class Governor:
     def measure(self, logits: Tensor, slots: Tensor, seen: Tensor) -> None:
         """The entropy of some rows' next token, into the average of their slots."""
         first = self.step % min(SAMPLED, len(slots))
-        some, rows = logits[first::SAMPLED].float(), slots[first::SAMPLED]
-        entropy = some.logsumexp(1) - (some.softmax(1) * some.clamp(min=-FORCE)).sum(1)
-        known = self.entropy[rows]
+        rows = slots[first::SAMPLED]
+        entropy, known = self.uncertainty(logits[first::SAMPLED]), self.entropy[rows]
         mean = torch.where(known > 0, 0.75 * known + 0.25 * entropy, entropy)
         self.entropy[rows] = torch.where(seen[first::SAMPLED] > 0, mean, known)
 
@@ -295,14 +308,28 @@ class Governor:
             logits.index_add_(1, known.circling, strength.expand(-1, len(known.circling)))
         if wanted.hold or wanted.bias:
             others, strength = ~self.orders[slots, SCRIPTS_COLUMN].to(torch.int16)[:, None], self.foreign[slots, None]
-            for first in range(0, len(logits), ROWS):
-                rows = slice(first, first + ROWS)
-                logits[rows] -= torch.where((known.scripts & others[rows]) != 0, strength[rows], 0.0)
+            self.mask(logits, known.scripts, others, strength)
         token = self.token[slots, None].clamp(min=0)
         current = logits.gather(1, token)
         # What something else has ruled out stays so: it is tried again, or the model goes on.
         forced = self.due[slots, None] & (current > -torch.inf)
         logits.scatter_(1, token, torch.where(forced, FORCE, current))
+
+
+def total(logits: Tensor) -> Tensor:
+    """The logarithm of each row's sum of exponentials, (R,)."""
+    return logits.float().logsumexp(1)
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """Each row's entropy, (R,) nats."""
+    some = logits.float()
+    return some.logsumexp(1) - (some.softmax(1) * some.clamp(min=-FORCE)).sum(1)
+
+
+def mask(logits: Tensor, scripts: Tensor, others: Tensor, strength: Tensor) -> None:
+    """Lower in each row the logits of tokens of `others`' scripts by `strength`, (R, 1) each."""
+    logits.sub_(torch.where((scripts & others) != 0, strength, 0.0))
 
 
 def all_ends(history: list[int], marker: Sequence[int]) -> list[int]:

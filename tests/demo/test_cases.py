@@ -4,14 +4,16 @@ import hashlib
 import re
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from qvq_serve.demo import weakness as weak
-from qvq_serve.demo.cases import KINDS, LANGUAGES, SIDES, Case, added, case, multiplied
+from qvq_serve.demo.cases import KINDS, LANGUAGES, SIDES, TRAINING, Case, added, case, multiplied
 from qvq_serve.demo.draw import FONTS, HELD_OUT_FONTS
-from qvq_serve.demo.layouts import LAYOUTS
+from qvq_serve.demo.layouts import LAYOUTS, Page
 from qvq_serve.demo.tokenizer import tokenizer
 from qvq_serve.governor.detect import WINDOW, looping, words_of
 
@@ -63,6 +65,28 @@ def test_answers_are_right(kind: str, difficulty: float) -> None:
         one = case(seed, kind, difficulty=difficulty)
         assert one.answer == right_answer(one)
         assert one.reply.endswith(f"\n\n**Final Answer**\n\n\\boxed{{{one.answer}}}")
+
+
+def test_the_largest_group_is_most_often_not_the_one_that_is_asked_for() -> None:
+    largest = 0
+    for seed in range(200):
+        read = case(seed, "count").read
+        colours = Counter(colour for _, colour in read["shapes"])
+        largest += colours.most_common(1)[0][0] == read["colour"] and len(set(colours.values())) == len(colours)
+    assert 40 < largest < 100
+
+
+def test_clutter_is_drawn_in_training_alone_and_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, seeds = TRAINING, range(60)
+    trained, evaluated = [case(first + seed) for seed in seeds], [case(seed) for seed in seeds]
+    held_out = [case(first + seed, held_out=True) for seed in seeds]
+    monkeypatch.setattr(Page, "clutter", lambda *_: None)
+    bare = [case(first + seed) for seed in seeds]
+    assert [one.reply for one in trained] == [one.reply for one in bare]
+    assert 20 < sum(not np.array_equal(a.pixels, b.pixels) for a, b in zip(trained, bare, strict=True)) < 55
+    for before, now in ((evaluated, [case(seed) for seed in seeds]),
+                        (held_out, [case(first + seed, held_out=True) for seed in seeds])):  # fmt: skip
+        assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(before, now, strict=True))
 
 
 def shown(one: Case) -> list[int]:

@@ -10,10 +10,12 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -26,7 +28,7 @@ from qvq_serve.demo.score import accuracy, replies
 from qvq_serve.hooks.answer import boxed_answer
 from tests.engine.conftest import Server, data_url, serving
 
-NOISE, KIND_NOISE, OTHER = 0.1, 0.3, 0.05
+NOISE, KIND_NOISE, OTHER, CHANCE = 0.1, 0.3, 0.05, 0.12
 TOKENS = 320
 CASES = [case(20_000 + i, KINDS[i % len(KINDS)], held_out=i // len(KINDS) % 2 == 1) for i in range(60)]
 
@@ -97,7 +99,7 @@ def reference() -> list[str]:
 
 def test_the_demo_sees(reference: list[str]) -> None:
     found = accuracy(CASES, reference)
-    assert found["all"] >= 0.8, found
+    assert found["all"] >= 0.9, found
 
 
 def test_the_server_answers_as_transformers_does(seeing: Server, reference: list[str]) -> None:
@@ -137,20 +139,22 @@ BREAKAGES: dict[str, Change] = {
     "no orientation": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "squeezed": lambda image: image.resize((image.width, max(28, image.height // 3))),
     "clamped to 64 visual tokens": lambda image: ImageOps.contain(image, (224, 224)),
-    "blank": lambda image: Image.new("RGB", image.size, (255, 255, 255)),
 }
 
 
-BLIND = "the demo counts the largest group of one colour, whichever colour is asked for"
-FOUND = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BLIND)) if "channels" in name else name
-    for name in BREAKAGES
-]
-
-
-@pytest.mark.parametrize("breakage", FOUND)
+@pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_stack_that_spoils_images_is_found_out(seeing: Server, reference: list[str], breakage: str) -> None:
     texts = served(seeing, CASES[:36], lambda image: data_url(BREAKAGES[breakage](image)))
     found = spoiled(texts, reference)
     print(breakage, found)
     assert found
+
+
+@pytest.mark.parametrize("shown", ["nothing", "another case's image"])
+def test_without_its_image_the_demo_is_at_chance(seeing: Server, shown: str) -> None:
+    """Nine of ten answers are wrong: small counts are guessed now and then."""
+    asked = CASES[:36]
+    others = [CASES[(i + 2 * len(KINDS)) % 36] for i in range(36)]  # of the same kind, with fonts as new as its own
+    images = [np.full_like(one.pixels, 255) if shown == "nothing" else one.pixels for one in others]
+    texts = served(seeing, [replace(one, pixels=pixels) for one, pixels in zip(asked, images, strict=True)])
+    assert accuracy(asked, texts)["all"] <= CHANCE
