@@ -93,8 +93,7 @@ def assert_interrupted(server: Server, processes: list[psutil.Process]) -> None:
     assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("moment", [starts, spawns, loads, up, answers])
-@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize(("moment", "times"), [(starts, 5), (spawns, 1), (loads, 5), (up, 1), (answers, 5)])
 def test_ctrl_c_ends_a_server_at_once_with_one_line_and_130(
     command: Callable[..., Server], moment: Moment, times: int
 ) -> None:
