@@ -98,7 +98,8 @@ def interval(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     share, n = right / count, count
     middle, half = share + Z * Z / (2 * n), Z * ((share * (1 - share) + Z * Z / (4 * n)) / n) ** 0.5
-    return (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
+    low, high = (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
+    return max(0.0, low), min(1.0, high)
 
 
 def accuracy(judged: list[Judged]) -> dict[str, Any]:
