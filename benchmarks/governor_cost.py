@@ -1,6 +1,8 @@
 """What a step of the governor costs by itself, on a GPU or a CPU: all of it, and part by part.
 
-    python -m benchmarks.governor_cost RESULT.json [--device cuda] [--vocabulary 152064]
+    python -m benchmarks.governor_cost RESULT.json [--device cuda] [--vocabulary 152064] [--batches 1 16 64 128 256]
+
+TORCH_COMPILE_DISABLE=1 before it measures the CUDA graphs of what torch.compile has not touched.
 
 Made-up logits and tokens, slots and rows as in a batch of that size. `device_us` is the device's time a step, looks
 for loops included; `host_us` the host's time to launch it, which the model's forward pass hides where the host runs
@@ -8,7 +10,9 @@ ahead; `look_ms` one look, of which there are LOOKS in EVERY steps.
 """
 
 import argparse
+import datetime
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -87,16 +91,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocabulary", type=int, default=152_064)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     options = parser.parse_args()
     device = torch.device(options.device)
     rows: list[dict[str, Any]] = []
-    for size in BATCHES:
+    for size in options.batches:
         for part, orders in PARTS.items():
             rows.append({"batch": size, "part": part} | measure(device, options.vocabulary, size, orders))
             print(json.dumps(rows[-1]), flush=True)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    compiled = device.type == "cuda" and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
     found = {"command": "python -m benchmarks.governor_cost", "machine": machine(), "card": card,
-             "torch": torch.__version__, "vocabulary": options.vocabulary, "rows": rows}  # fmt: skip
+             "torch": torch.__version__, "compiled": compiled, "date": datetime.date.today().isoformat(),
+             "vocabulary": options.vocabulary, "rows": rows}  # fmt: skip
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
