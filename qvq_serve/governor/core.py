@@ -120,7 +120,7 @@ class Governor:
     def capture(self) -> None:
         """Record what is decided, and a look at each share, as CUDA graphs; as yet there are no requests."""
         pool = torch.cuda.graph_pool_handle()
-        decide, look = (torch.compile(run, fullgraph=True, dynamic=False) for run in (self.decide, self.look))
+        decide, look = (torch.compile(run, dynamic=False) for run in (self.decide, self.look))
         runs: list[Callable[[], None]] = [decide, *(partial(look, share) for share in self.shares)]
         for run in runs:
             side = torch.cuda.Stream()

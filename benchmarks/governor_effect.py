@@ -1,0 +1,87 @@
+"""What each switch of the governor does to answers of a model that loops, mixes languages and rambles: the demo.
+
+    qvq-serve --demo --governor on --governor-policy POLICY      POLICY as below, so that each switch can be asked for
+    python -m benchmarks.governor_effect RESULT.json [--url URL] [--limit 500] [--only NAME…]
+
+The cases of `qvq-bench quality --suite demo-weak`, greedy, at most --max-tokens each. The variants take turns, BLOCK
+cases at a time, so that all meet the same machine.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from qvq_bench import result
+from qvq_bench.bench import Target
+from qvq_bench.quality import Judged, ask_all, summarise
+from qvq_bench.suites import DRAWN
+
+from benchmarks.startup import machine
+
+POLICY = "language,reasoning_language=4,circling=4,circling_after=64,look=2,look_after=128,look_entropy=1,sure=0.5"
+NONE = {"loop": False, "budget": False, "language": False, "reasoning_language": 0, "circling": 0, "look": 0, "sure": 0}
+VARIANTS: dict[str, Any] = {
+    "off": False,
+    "loop": NONE | {"loop": True},
+    "budget": NONE | {"budget": True},
+    "loop and budget": NONE | {"loop": True, "budget": True},
+    "language": NONE | {"language": True},
+    "reasoning_language": NONE | {"reasoning_language": 4},
+    "circling": NONE | {"circling": 4},
+    "look": NONE | {"look": 2},
+    "sure": NONE | {"sure": 0.5},
+    "everything": {},
+}
+BLOCK = 50
+
+
+async def measure(target: Target, names: list[str], limit: int, users: int, max_tokens: int) -> dict[str, Any]:
+    """Figures of each variant, over all cases."""
+    items = list(DRAWN["demo-weak"](0, limit))
+    judged: dict[str, list[Judged]] = {name: [] for name in names}
+    seconds = dict.fromkeys(names, 0.0)
+    for first in range(0, limit, BLOCK):
+        block = items[first : first + BLOCK]
+        for name in names:
+            body = {"temperature": 0, "max_tokens": max_tokens, "governor": VARIANTS[name]}
+            began = time.monotonic()
+            found = await ask_all(target, block, body, users, show=False)
+            seconds[name] += time.monotonic() - began
+            for each, item in zip(found, block, strict=True):
+                each.right = each.answer is not None and item.right(each.answer)
+            judged[name] += found
+    return {name: summarise(judged[name], seconds[name]) for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--users", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=1_200)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    options = parser.parse_args()
+    target = Target(options.url, timeout=600)
+    found = asyncio.run(measure(target, options.only, options.limit, options.users, options.max_tokens))
+    for name, row in found.items():
+        print(
+            f"{name:20} right {row['accuracy']:6.1%}  answered {row['answered']:6.1%}"
+            f"  {row['output_tokens']:5.0f} tokens  {row['answers_per_second']:6.2f} answers/s"
+            f"  {row['right_per_second']:6.2f} right/s  {row['language_switches']:.1f} switches  {row['ended']}"
+        )
+    header = result.header(
+        "governor_effect", ["python", "-m", "benchmarks.governor_effect", f"--limit={options.limit}"]
+    )
+    made = header | {
+        "machine": machine(), "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
+        "variants": {name: {"governor": VARIANTS[name], **row} for name, row in found.items()},
+    }  # fmt: skip
+    options.out.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
