@@ -12,6 +12,4 @@ MARKERS = (
 ENDED = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 LEAD = re.compile(r"(?:[:：]?\*\*\s*[:：]?|[:：])?\s*")
 """What of a marker stands before the answer: **, :**, a colon, line ends."""
-GRAMMAR_LEAD = r"[:：]?(\*\*)?[:：]?[ \n]{0,4}"
-"""The same for a grammar, which ends somewhere."""
 MAYBE_LEAD = re.compile(r"[\s*:：]*")

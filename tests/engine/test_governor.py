@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+from qvq_bench.bench import Target
 
+from benchmarks.governor_effect import measure
 from qvq_serve.api.memory import prove_governor
 from qvq_serve.errors import StartError
 from tests.engine.conftest import KEY, Server, serving
@@ -76,6 +78,16 @@ def test_off_observed_and_on_are_the_same_to_the_bit_for_who_triggers_nothing(
         assert raw(ask(**body)) == raw(off)
         seen = ask(**loop)
         assert seen["choices"][0]["message"]["reasoning"] == "c" * 200 and "governor" not in seen["qvq"]
+
+
+def test_a_model_that_loops_is_made_to_give_its_right_answer(cache: Path) -> None:
+    """30 prompts of ten weaknesses; seven of them are loops, which know the answer and do not say it."""
+    with serving(cache, "--demo", "--governor", "on") as running:
+        target, names = Target(running.url, KEY, timeout=600), ["off", "loop and budget"]
+        off, on = asyncio.run(measure(target, names, limit=30, users=16, max_tokens=1_200)).values()
+    assert off["right"] <= 9 and off["output_tokens"] > 400 and set(off["ended"]) >= {"length", "looped"}
+    assert on["right"] >= 22 and on["output_tokens"] < 0.7 * off["output_tokens"]
+    assert on["ended"]["concluded"] >= 18 and on["governor"].keys() == {"loop"}
 
 
 def test_a_server_without_it_says_so(server: Server) -> None:
