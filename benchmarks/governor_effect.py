@@ -10,6 +10,7 @@ cases at a time, so that all meet the same machine.
 import argparse
 import asyncio
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,7 @@ def main() -> None:
             f"  {row['output_tokens']:5.0f} tokens  {row['answers_per_second']:6.2f} answers/s"
             f"  {row['right_per_second']:6.2f} right/s  {row['language_switches']:.1f} switches  {row['ended']}"
         )
-    header = result.header(
-        "governor_effect", ["python", "-m", "benchmarks.governor_effect", f"--limit={options.limit}"]
-    )
+    header = result.header("governor_effect", ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]])
     made = header | {
         "machine": machine(), "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
         "variants": {name: {"governor": VARIANTS[name], **row} for name, row in found.items()},
