@@ -13,6 +13,7 @@ import openai
 import psutil
 import pytest
 
+from qvq_serve.demo.cases import case
 from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
 from tests.engine.conftest import KEY, Server, data_url, photo, user
 
@@ -44,9 +45,10 @@ def test_the_answer_depends_on_the_image(server: Server) -> None:
 
 
 def test_several_images_are_taken_in_order(server: Server) -> None:
-    red, blue = (data_url(photo(476, 476, seed)) for seed in (1, 2))
-    one_way = server.chat(user({"url": red}, {"url": blue}, "Which?"), max_tokens=24, return_token_ids=True).json()
-    other = server.chat(user({"url": blue}, {"url": red}, "Which?"), max_tokens=24, return_token_ids=True).json()
+    one, two = (data_url(case(seed, "invoice", size=(476, 476)).image) for seed in (1, 2))
+    body = {"max_tokens": 64, "return_token_ids": True}
+    one_way = server.chat(user({"url": one}, {"url": two}, "What is the total of this invoice?"), **body).json()
+    other = server.chat(user({"url": two}, {"url": one}, "What is the total of this invoice?"), **body).json()
     assert one_way["prompt_token_ids"] == other["prompt_token_ids"]
     assert one_way["choices"][0]["token_ids"] != other["choices"][0]["token_ids"]
 

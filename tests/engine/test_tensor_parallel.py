@@ -4,11 +4,13 @@ from pathlib import Path
 
 import psutil
 
-from tests.engine.conftest import Server, data_url, photo, serving, user
+from qvq_serve.demo.cases import case
+from tests.engine.conftest import Server, data_url, serving, user
 
 
 def greedy_tokens(server: Server, seed: int) -> list[int]:
-    message = user({"url": data_url(photo(476, 532, seed))}, "How much is the tax in total?")
+    one = case(seed, "invoice", size=(476, 532))
+    message = user({"url": data_url(one.image)}, one.question)
     answer = server.chat(message, max_tokens=48, ignore_eos=True, return_token_ids=True)
     return answer.json()["choices"][0]["token_ids"]
 
