@@ -17,10 +17,8 @@ from typing import Any
 
 from qvq_bench import result
 from qvq_bench.bench import Target
-from qvq_bench.quality import Judged, ask_all, summarise
+from qvq_bench.quality import Judged, ask_all, judge, summarise
 from qvq_bench.suites import DRAWN
-
-from benchmarks.startup import machine
 
 POLICY = "language,reasoning_language=4,circling=4,circling_after=64,look=2,look_after=128,look_entropy=1,sure=0.5"
 NONE = {"loop": False, "budget": False, "language": False, "reasoning_language": 0, "circling": 0, "look": 0, "sure": 0}
@@ -51,8 +49,9 @@ async def measure(target: Target, names: list[str], limit: int, users: int, max_
             began = time.monotonic()
             found = await ask_all(target, block, body, users, show=False)
             seconds[name] += time.monotonic() - began
-            for each, item in zip(found, block, strict=True):
-                each.right = each.answer is not None and item.right(each.answer)
+            if len(found) < len(block):  # Ctrl-C, which ask_all takes for its end
+                raise KeyboardInterrupt
+            judge(found, block)
             judged[name] += found
     return {name: summarise(judged[name], seconds[name]) for name in names}
 
@@ -76,7 +75,7 @@ def main() -> None:
         )
     header = result.header("governor_effect", ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]])
     made = header | {
-        "machine": machine(), "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
+        "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
         "variants": {name: {"governor": VARIANTS[name], **row} for name, row in found.items()},
     }  # fmt: skip
     options.out.write_text(json.dumps(made, indent=1) + "\n")

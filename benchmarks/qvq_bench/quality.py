@@ -94,6 +94,12 @@ async def ask_all(target: Target, items: list[Item], body: dict[str, Any], users
     return [done[at] for at in sorted(done)]
 
 
+def judge(judged: list[Judged], items: list[Item]) -> None:
+    """Tells of each answer whether it is right; after an interruption there are fewer answers than items."""
+    for each, item in zip(judged, items, strict=False):
+        each.right = each.answer is not None and item.right(each.answer)
+
+
 def interval(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     share, n = right / count, count
@@ -153,8 +159,7 @@ async def measure(
     seconds = time.monotonic() - began
     if not judged:
         return EXIT_INTERRUPTED
-    for each, item in zip(judged, items, strict=False):
-        each.right = each.answer is not None and item.right(each.answer)
+    judge(judged, items)
     found = summarise(judged, seconds)
     print(table(suite, found), file=sys.stderr)
     for message, number in found["errors"].items():

@@ -329,12 +329,13 @@ def case(
     width, height = size or sides(rng, difficulty)
     layouts = LAYOUTS[kind]
     layout = rng.choice(layouts.held_out if held_out else layouts.seen)
-    more = seed >= TRAINING and not held_out and rng.random() < 0.5
+    training = seed >= TRAINING and not held_out
+    more = training and rng.random() < 0.5
     font = rng.choice(HELD_OUT_FONTS if held_out else MORE_FONTS if more else FONTS)
     text_px = rng.randint(round(26 - 12 * difficulty), round(40 - 10 * difficulty))
     told = CONTENT[kind](rng, difficulty, language)
     at = page(rng, width, height, font, text_px)
-    if seed >= TRAINING and not held_out:
+    if training:
         at.clutter(random.Random(f"clutter {seed}"))
     places = layouts.draw(at, layout, *told.drawn)
     if kind == "count":

@@ -13,10 +13,9 @@ STYLES = ("cell", "cell", "left", "right", "sides", "under", "over", "both")
 """What stands round each word of a page: a frame, or rules on some of its sides."""
 
 
-def behind(rng: random.Random, canvas: Canvas, colours: tuple[Colour, Colour, Colour]) -> None:
-    """Up to four marks on an empty page, in two strong colours or, for bands, a soft one."""
+def behind(rng: random.Random, canvas: Canvas, strong: tuple[Colour, Colour], soft: Colour) -> None:
+    """Up to four marks on an empty page, in strong colours or, for bands and grids, a soft one."""
     width, height = canvas.width, canvas.height
-    *strong, soft = colours
     for _ in range(rng.randint(1, 4)):
         colour, stroke = rng.choice(strong), rng.choice((1, 1, 2, 2, 3))
         x0, x1 = sorted((rng.uniform(0, width), rng.uniform(0, width)))

@@ -98,6 +98,11 @@ def shape_mask(shape: str, radius: int) -> Mask:
     return (np.asarray(small)[..., None].astype(np.int16) + 1) >> 1
 
 
+def left_edge(x: float, width: float, align: str) -> float:
+    """Where a word begins whose left, middle or right (l, m, r) is at `x`."""
+    return x if align == "l" else x - width / 2 if align == "m" else x - width
+
+
 class Canvas:
     """An image of `width` x `height` px, filled with a colour."""
 
@@ -137,8 +142,7 @@ class Canvas:
     def text(self, x: float, y: float, text: str, font: str, size: int, colour: Colour, align: str = "l") -> int:
         """A word whose digits' middle is at `y`, with its left, middle or right (l, m, r) at `x`; returns its width."""
         mask, left, top, width = word(font, size, text)
-        start = x if align == "l" else x - width / 2 if align == "m" else x - width
-        self.paste(mask, round(start) + left, round(y) + top, colour)
+        self.paste(mask, round(left_edge(x, width, align)) + left, round(y) + top, colour)
         return width
 
     def shape(self, shape: str, x: int, y: int, radius: int, colour: Colour) -> None:

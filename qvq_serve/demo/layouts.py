@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from qvq_serve.demo import clutter
-from qvq_serve.demo.draw import Canvas, Colour
+from qvq_serve.demo.draw import Canvas, Colour, left_edge
 
 COLOURS: dict[str, Colour] = {
     "red": (214, 40, 40), "green": (44, 150, 66), "blue": (42, 84, 214), "orange": (242, 146, 28),
@@ -35,14 +35,14 @@ class Page:
     def text(self, x: float, y: float, text: str, align: str = "l", colour: Colour | None = None) -> int:
         width = self.canvas.text(x, y, text, self.font, self.size, colour or self.ink, align)
         if self.around:
-            self.around(x if align == "l" else x - width / 2 if align == "m" else x - width, y, width, self.size)
+            self.around(left_edge(x, width, align), y, width, self.size)
         return width
 
     def clutter(self, rng: random.Random) -> None:
         """Marks that mean nothing, behind what is drawn and round its words."""
         strong = rng.choice(((self.ink, self.accent), (mixed(self.paper, self.ink, 0.4), self.accent)))
         if rng.random() < 0.4:
-            clutter.behind(rng, self.canvas, (*strong, self.soft))
+            clutter.behind(rng, self.canvas, strong, self.soft)
         if rng.random() < 0.4:
             self.around = clutter.rounder(rng, self.canvas, strong)
 
