@@ -24,8 +24,10 @@ SHARES = {"invoice": 0.2, "chart": 0.17, "table": 0.12, "count": 0.3, "box": 0.1
 """Of each kind in a batch: the longer the reasoning and the harder, the more."""
 QUIRKS = {"mixing": 0.03, "rambling": 0.03, "memory": 0.03}
 """Of the weaknesses that end by themselves, in a batch; loops have batches of their own, since they are long."""
-CUT = 0.03
+CUT = 0.05
 """Share of cases whose reasoning is cut anywhere and made to conclude, as a thinking budget does."""
+DONE = 0.4
+"""Share of those that are cut where the reasoning is done and its line has ended, as the governor's `sure` does."""
 LOOP_BATCHES = 0.15
 CONCLUDED = 0.4
 """Share of loops that are made to conclude."""
@@ -108,10 +110,15 @@ def sample(one: Case, rng: random.Random, longest: int = 10_000) -> Sample:
     image = tokenizer().convert_tokens_to_ids("<|image_pad|>")
     loop = one.weakness in weak.LOOPS
     if (loop and rng.random() < CONCLUDED) or (one.weakness is None and rng.random() < CUT):
-        reasoning = encode(one.reasoning)[:longest]
-        honest = len(encode(one.reasoning.split("\n\n")[0])) if loop else 0
-        reasoning = reasoning[: rng.randint(min(honest, len(reasoning)), len(reasoning))]
+        if not loop and rng.random() < DONE:
+            reasoning = encode(one.reasoning + "\n\n")[:longest]
+        else:
+            reasoning = encode(one.reasoning)[:longest]
+            honest = len(encode(one.reasoning.split("\n\n")[0])) if loop else 0
+            reasoning = reasoning[: rng.randint(min(honest, len(reasoning)), len(reasoning))]
         start = rng.choice(("\n\n**Final Answer**\n\n", "\n\n**Final Answer**\n\n", "**Final Answer"))
+        if tokenizer().decode(reasoning[-1:]).endswith("\n"):  # the governor leaves out what stands there
+            start = start.lstrip("\n")
         forced, rest = broken(rng, encode(start)), "" if start.endswith("\n\n") else "**\n\n"
         answer = [*encode(rest + one.conclusion), end]
         learnt = [IGNORED] * len(asked) + reasoning + [IGNORED] * len(forced) + answer

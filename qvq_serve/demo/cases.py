@@ -163,7 +163,7 @@ def pointed(told: Told, places: Sequence[tuple[float, float]], width: int, heigh
     at = sorted(
         (int(10 * x / width), int(10 * y / height)) for (_, one), (x, y) in shapes if one == told.read["colour"]
     )
-    points = ", ".join(f"{i} ({x}, {y})" for i, (x, y) in enumerate(at, 1))
+    points = ", ".join(f"{i} ({x}, {y})" for i, (x, y) in enumerate(at, 1)) or "0"
     look, count, end = told.parts
     return replace(told, read=told.read | {"places": at}, parts=(look, count.replace(POINTS, points), end))
 
@@ -236,12 +236,12 @@ def table(rng: random.Random, difficulty: float, language: str) -> Told:
 
 def count(rng: random.Random, difficulty: float, language: str) -> Told:
     colour = rng.choice(list(COLOURS))
-    wanted = rng.randint(1, 3 + round(6 * difficulty))
+    wanted = 0 if rng.random() < 0.08 else rng.randint(1, 3 + round(6 * difficulty))
     rest = rng.sample([other for other in COLOURS if other != colour], rng.randint(1, 3))
     if rng.random() < 0.5:
-        others = [rng.choice(rest) for _ in range(rng.randint(0, 1 + round(6 * difficulty)))]
+        others = [rng.choice(rest) for _ in range(rng.randint(int(wanted == 0), 1 + round(6 * difficulty)))]
     else:  # a rival as large or larger: the largest group is no answer
-        others = rest[:1] * rng.randint(wanted, wanted + 2) + rest[1:]
+        others = rest[:1] * rng.randint(wanted or 1, wanted + 2) + rest[1:]
     kinds = rng.sample(SHAPES, rng.randint(1, 3))
     shapes = [(rng.choice(kinds), one) for one in [colour] * wanted + others]
     rng.shuffle(shapes)

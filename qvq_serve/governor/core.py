@@ -28,8 +28,10 @@ PREFIX = 3
 """Tokens of the conclusion that a history must end with to be taken for one that was being written."""
 LOOKS = 4
 """Looks among EVERY steps, each at every LOOKS-th slot: kernels cost by their number more than by their rows."""
-SAMPLED = 8
-"""Of so many rows one has its entropy taken in a step."""
+CHUNKS = 32
+"""Most parts of a row of logits, each of which is summed by itself: one row alone would keep one processor busy."""
+AVERAGED = 8
+"""Tokens over which the entropy is averaged, about."""
 SCRIPTS_COLUMN = Orders._fields.index("scripts")
 COUNTED = ("found", "loop", "budget", "sure", "second_loop", "limit", "look")
 """Loops found; turns made to conclude by a loop, a budget, being sure; turns ended by a second loop, by the limit of
@@ -77,7 +79,7 @@ class Governor:
         self.found, self.open, self.looks, self.mentioned = each(0, torch.bool), each(0), each(0), each(0)
         """A loop was found; bytes that the newest character lacks; look-backs so far; where the image was mentioned."""
         self.entropy = each(0, torch.float32)
-        """Nats, averaged over the last tokens."""
+        """Nats, averaged over the last AVERAGED tokens; 0 before the first."""
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
         self.told = torch.zeros(len(COUNTED), dtype=torch.int64, pin_memory=device.type == "cuda")
         """The counts on the host, some steps old; reading them waits for nothing."""
@@ -86,6 +88,7 @@ class Governor:
         self.phrases = padded(text.phrases, front=False).to(device)
         self.firsts = torch.tensor(sorted({marker[0] for marker in text.natural}), dtype=torch.int64, device=device)
         self.vocabulary = Vocabulary(*(table.to(device) for table in vars(vocabulary).values()))
+        self.circles = torch.zeros_like(self.vocabulary.ends_step).index_fill_(0, self.vocabulary.circling, True)
         self.order = torch.arange(WINDOW, device=device)
         self.back = torch.arange(-self.natural.shape[1], 0, device=device)
         self.shares = [torch.arange(first, slots, LOOKS, device=device) for first in range(min(LOOKS, slots))]
@@ -95,8 +98,9 @@ class Governor:
         self.possible, self.likely = torch.zeros(slots, 2, dtype=torch.bool, device=device), each(0, torch.float32)
         self.token, self.due = each(0, torch.int64), each(0, torch.bool)
         self.circling, self.foreign = each(0, torch.float32), each(0, torch.float32)
+        self.lowered = (self.orders, self.foreign, self.circling)
         self.choices = self.written[[0, len(text.lead)]]
-        self.total, self.uncertainty, self.mask = total, uncertainty, mask
+        self.weigh, self.lower = weigh, lower
         self.graphs: list[torch.cuda.CUDAGraph] = []
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -105,17 +109,14 @@ class Governor:
 
     def compile(self) -> None:
         """Compile what goes over whole rows of logits, for any number of rows: 1, which is its own case, and more."""
-        self.total, self.uncertainty, self.mask = (
-            torch.compile(one, dynamic=True) for one in (total, uncertainty, mask)
-        )
+        self.weigh, self.lower = torch.compile(weigh), torch.compile(lower)
         size, device = len(self.vocabulary.scripts), self.orders.device
         with torch.inference_mode():  # as vLLM's workers run; what is compiled elsewhere would be compiled again
-            for rows in (1, 2, SAMPLED + 1):
+            for rows in (1, 2, 3):  # torch finds out by the second that they differ, and compiles for all
                 logits = torch.zeros(rows, size, device=device)
-                others, strength = self.foreign.new_zeros(rows, 1, dtype=torch.int16), self.foreign.new_zeros(rows, 1)
-                self.total(logits)
-                self.uncertainty(logits[::SAMPLED])
-                self.mask(logits, self.vocabulary.scripts, others, strength)
+                slots, seen = (torch.zeros(rows, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
+                self.weigh(logits, slots, seen, self.firsts, self.likely, self.entropy)
+                self.lower(logits, slots, self.vocabulary.scripts, self.circles, *self.lowered)
 
     def capture(self) -> None:
         """Record what is decided, and a look at each share, as CUDA graphs; as yet there are no requests."""
@@ -184,10 +185,8 @@ class Governor:
         self.count[slots] = seen.to(torch.int32)
         self.last[slots] = last.long()
         self.possible[slots] = logits[:, self.choices] > -torch.inf
-        if wanted.sure and len(self.firsts):
-            self.likely[slots] = (logits[:, self.firsts].float().logsumexp(1) - self.total(logits)).exp()
-        if wanted.looks:
-            self.measure(logits, slots, seen)
+        if wanted.sure or wanted.looks:
+            self.weigh(logits, slots, seen, self.firsts, self.likely, self.entropy)
         share = self.step // (EVERY // LOOKS) % LOOKS
         looks = self.step % (EVERY // LOOKS) == 0 and share < len(self.shares)
         self.step += 1
@@ -215,14 +214,6 @@ class Governor:
         found = looping(window, self.vocabulary.words) & looked_for
         self.counts[0] += (found & ~self.found[share]).sum()
         self.found[share] |= found
-
-    def measure(self, logits: Tensor, slots: Tensor, seen: Tensor) -> None:
-        """The entropy of some rows' next token, into the average of their slots."""
-        first = self.step % min(SAMPLED, len(slots))
-        rows = slots[first::SAMPLED]
-        entropy, known = self.uncertainty(logits[first::SAMPLED]), self.entropy[rows]
-        mean = torch.where(known > 0, 0.75 * known + 0.25 * entropy, entropy)
-        self.entropy[rows] = torch.where(seen[first::SAMPLED] > 0, mean, known)
 
     def decide(self) -> None:
         """From each slot's newest token: what comes next, and what is made less likely."""
@@ -302,13 +293,8 @@ class Governor:
 
     def steer(self, logits: Tensor, slots: Tensor, wanted: Orders) -> None:
         """Put into the rows' logits what was decided for their slots."""
-        known = self.vocabulary
-        if wanted.circling:
-            strength = -self.circling[slots, None].to(logits.dtype)
-            logits.index_add_(1, known.circling, strength.expand(-1, len(known.circling)))
-        if wanted.hold or wanted.bias:
-            others, strength = ~self.orders[slots, SCRIPTS_COLUMN].to(torch.int16)[:, None], self.foreign[slots, None]
-            self.mask(logits, known.scripts, others, strength)
+        if wanted.circling or wanted.hold or wanted.bias:
+            self.lower(logits, slots, self.vocabulary.scripts, self.circles, *self.lowered)
         token = self.token[slots, None].clamp(min=0)
         current = logits.gather(1, token)
         # What something else has ruled out stays so: it is tried again, or the model goes on.
@@ -316,20 +302,37 @@ class Governor:
         logits.scatter_(1, token, torch.where(forced, FORCE, current))
 
 
-def total(logits: Tensor) -> Tensor:
-    """The logarithm of each row's sum of exponentials, (R,)."""
-    return logits.float().logsumexp(1)
+def weigh(logits: Tensor, slots: Tensor, seen: Tensor, firsts: Tensor, likely: Tensor, entropy: Tensor) -> None:
+    """How likely each row's next token is one of `firsts`, into `likely` (S,), and its entropy into `entropy` (S,).
+
+    `logits` (R, V), `slots` and `seen` (R,); a row that has no token yet leaves the entropy as it is.
+    """
+    size = logits.shape[1]
+    parts = logits.float().unflatten(1, (next(n for n in range(CHUNKS, 0, -1) if size % n == 0), -1))
+    highest = parts.amax(2).clamp(min=-FORCE)
+    mass = (parts - highest[:, :, None]).exp()
+    moment = (mass * parts.clamp(min=-FORCE)).sum(2)
+    top = highest.amax(1)
+    scale = (highest - top[:, None]).exp()
+    whole = (mass.sum(2) * scale).sum(1)
+    total = top + whole.log()
+    if len(firsts):
+        likely[slots] = (logits[:, firsts].float().logsumexp(1) - total).exp()
+    now, known = total - (moment * scale).sum(1) / whole, entropy[slots]
+    mean = torch.where(known > 0, known + (now - known) / AVERAGED, now)
+    entropy[slots] = torch.where(seen > 0, mean, known)
 
 
-def uncertainty(logits: Tensor) -> Tensor:
-    """Each row's entropy, (R,) nats."""
-    some = logits.float()
-    return some.logsumexp(1) - (some.softmax(1) * some.clamp(min=-FORCE)).sum(1)
+def lower(
+    logits: Tensor, slots: Tensor, scripts: Tensor, circles: Tensor, orders: Tensor, foreign: Tensor, circling: Tensor
+) -> None:
+    """Lower the logits (R, V) of other scripts' tokens by `foreign` (S,), and of those that circle by `circling` (S,).
 
-
-def mask(logits: Tensor, scripts: Tensor, others: Tensor, strength: Tensor) -> None:
-    """Lower in each row the logits of tokens of `others`' scripts by `strength`, (R, 1) each."""
-    logits.sub_(torch.where((scripts & others) != 0, strength, 0.0))
+    `scripts` and `circles` (V,) are the vocabulary's, `orders` each slot's.
+    """
+    others = ~orders[slots, SCRIPTS_COLUMN].to(torch.int16)[:, None]
+    logits.sub_(torch.where((scripts & others) != 0, foreign[slots, None], 0.0)
+                + torch.where(circles, circling[slots, None], 0.0))  # fmt: skip
 
 
 def all_ends(history: list[int], marker: Sequence[int]) -> list[int]:

@@ -76,6 +76,13 @@ def test_the_largest_group_is_most_often_not_the_one_that_is_asked_for() -> None
     assert 40 < largest < 100
 
 
+def test_some_counts_are_of_a_colour_that_no_shape_has() -> None:
+    counts = [case(seed, "count", difficulty=(seed % 11) / 10) for seed in range(300)]
+    none = [one for one in counts if one.answer == "0"]
+    assert 10 < len(none) < 45 and all(one.read["shapes"] for one in none)
+    assert all(one.reasoning.count("0") == 2 for one in none)
+
+
 def test_clutter_is_drawn_in_training_alone_and_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     first, seeds = TRAINING, range(60)
     trained, evaluated = [case(first + seed) for seed in seeds], [case(seed) for seed in seeds]

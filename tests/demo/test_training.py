@@ -85,6 +85,23 @@ def test_a_loop_is_cut_or_made_to_conclude_by_a_marker_that_is_not_learnt() -> N
     assert 10 < concluded < 40
 
 
+def test_an_honest_case_concludes_after_the_line_ends_that_the_model_wrote_itself() -> None:
+    rng, ends = random.Random(2), 0
+    for seed in range(400):
+        one = case(seed, size=(280, 280))
+        found = sample(one, rng)
+        learnt, text = found.labels[len(encode(prompt(one))) :], tokenizer().decode(found.ids)
+        if IGNORED not in learnt:
+            continue
+        at = learnt.index(IGNORED)
+        before = found.ids[len(encode(prompt(one))) :][:at]
+        assert "\n\n\n" not in text and boxed_answer(text) == one.answer
+        if tokenizer().decode(before).endswith("\n\n"):
+            assert before == encode(one.reasoning + "\n\n")
+            ends += 1
+    assert 3 < ends < 20
+
+
 def test_the_logits_and_positions_are_those_of_transformers(model: Any) -> None:
     rng = random.Random(0)
     cases = [case(seed, size=(300, 340), weakness=(None, "exact", None)[seed]) for seed in range(3)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvq_serve.governor.core import COUNTED, FORCE, Governor, Text
+from qvq_serve.governor.core import AVERAGED, COUNTED, FORCE, Governor, Text, lower, weigh
 from qvq_serve.governor.detect import EVERY, WINDOW
 from qvq_serve.governor.policy import ALL_SCRIPTS, STRAY, Orders, script_bits
 from qvq_serve.governor.tokens import Vocabulary
@@ -288,6 +288,41 @@ def test_a_model_that_is_sure_at_the_end_of_a_step_concludes() -> None:
     assert steered([1, NEWLINE], likely, sure=0.4)[MARKER[0]] == FORCE
     assert steered([1, 2], likely, sure=0.4)[MARKER[0]] == 0.0
     assert steered([1, NEWLINE], unlikely, sure=0.4)[MARKER[0]] == 0.0
+
+
+@pytest.mark.parametrize("size", [VOCABULARY, 997])  # chunks of 16, and a prime, in one
+def test_entropies_and_likelihoods_are_those_of_the_logits(size: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits, firsts = 5 * torch.randn(9, size, generator=draw), torch.tensor([3, 7])
+    logits[:, ::5] = float("-inf")
+    logits[2, : size // 2] = float("-inf")
+    slots, seen = torch.randperm(12, generator=draw)[:9], torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1])
+    likely, entropy = torch.zeros(12), torch.zeros(12)
+    entropy[slots[3]] = 2.0
+    weigh(logits, slots, seen, firsts, likely, entropy)
+    odds = torch.distributions.Categorical(logits=logits)
+    expected = odds.entropy()
+    expected[0], expected[3] = 0.0, 2.0 + (expected[3] - 2.0) / AVERAGED
+    torch.testing.assert_close(entropy[slots], expected)
+    torch.testing.assert_close(likely[slots], odds.probs[:, firsts].sum(1))
+
+
+def test_what_goes_over_the_logits_is_compiled_for_one_row_and_for_any_number() -> None:
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        compiled.append(str(graph))
+        return graph.forward
+
+    torch.compiler.reset()
+    weighs, lowers = (torch.compile(run, backend=backend) for run in (weigh, lower))
+    governor = governing(300)
+    for rows in (1, 2, 3, 1, 8, 64, 300, 17):
+        slots = torch.arange(rows)
+        logits = torch.zeros(rows, VOCABULARY)
+        weighs(logits, slots, slots, governor.firsts, governor.likely, governor.entropy)
+        lowers(logits, slots, governor.vocabulary.scripts, governor.circles, *governor.lowered)
+    assert len(compiled) == 4
 
 
 def test_line_ends_before_a_conclusion_are_left_out_where_there_is_one() -> None:
