@@ -97,6 +97,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for size in options.batches:
         for part, orders in PARTS.items():
+            torch.compiler.reset()  # a server has one governor: the next one must not be its second compilation
             rows.append({"batch": size, "part": part} | measure(device, options.vocabulary, size, orders))
             print(json.dumps(rows[-1]), flush=True)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

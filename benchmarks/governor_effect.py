@@ -3,7 +3,7 @@
     qvq-serve --demo --governor on --governor-policy POLICY      POLICY as below, so that each switch can be asked for
     python -m benchmarks.governor_effect RESULT.json [--url URL] [--limit 500] [--only NAME…]
 
-The cases of `qvq-bench quality --suite demo-weak`, greedy, at most --max-tokens each. The variants take turns, BLOCK
+The cases of `qvq-bench quality --suite demo-weak`, greedy, at most --max-tokens each. The variants take turns, --block
 cases at a time, so that all meet the same machine.
 """
 
@@ -34,16 +34,17 @@ VARIANTS: dict[str, Any] = {
     "sure": NONE | {"sure": 0.5},
     "everything": {},
 }
-BLOCK = 50
 
 
-async def measure(target: Target, names: list[str], limit: int, users: int, max_tokens: int) -> dict[str, Any]:
+async def measure(
+    target: Target, names: list[str], limit: int, users: int, max_tokens: int, block_size: int = 50
+) -> dict[str, Any]:
     """Figures of each variant, over all cases."""
     items = list(DRAWN["demo-weak"](0, limit))
     judged: dict[str, list[Judged]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
-    for first in range(0, limit, BLOCK):
-        block = items[first : first + BLOCK]
+    for first in range(0, limit, block_size):
+        block = items[first : first + block_size]
         for name in names:
             body = {"temperature": 0, "max_tokens": max_tokens, "governor": VARIANTS[name]}
             began = time.monotonic()
@@ -62,11 +63,13 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--users", type=int, default=16)
+    parser.add_argument("--block", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=1_200)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
     target = Target(options.url, timeout=600)
-    found = asyncio.run(measure(target, options.only, options.limit, options.users, options.max_tokens))
+    asked = (options.only, options.limit, options.users, options.max_tokens, options.block)
+    found = asyncio.run(measure(target, *asked))
     for name, row in found.items():
         print(
             f"{name:20} right {row['accuracy']:6.1%}  answered {row['answered']:6.1%}"

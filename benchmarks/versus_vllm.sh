@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # This server against plain `vllm serve`, the same weights and precision, in steps that one can do one at a time:
 #
-#   versus_vllm.sh start plain OUT --model DIR [vLLM's flags]      a server at port 8099, which lives on; plain or ours
+#   versus_vllm.sh start plain OUT --model DIR [vLLM's flags]      a server at $PORT (8099), which lives on; plain or ours
 #   versus_vllm.sh start ours OUT --model DIR [our flags]
 #   versus_vllm.sh load plain|ours OUT NAME...                     measures loads of the table below, into OUT/SIDE_NAME.json
 #   versus_vllm.sh stop OUT
 #   versus_vllm.sh table OUT                                       ratios ours / plain of all that both sides measured
 set -euo pipefail
-PORT=8099 URL=http://127.0.0.1:8099
+PORT=${PORT:-8099} URL=http://127.0.0.1:${PORT:-8099}
 
 load() {  # NAME -> qvq-bench's arguments
     case $1 in
@@ -32,8 +32,11 @@ case $what in
             ours) command=(python3 -m qvq_serve) ;;
         esac
         began=$(date +%s)
-        setsid "${command[@]}" --port $PORT "$@" > "$out/$side.log" 2>&1 < /dev/null &
-        echo $! > "$out/pid"
+        rm -f "$out/pid" "$out/exit"
+        # shellcheck disable=SC2016  # the inner shell expands it
+        setsid bash -c 'out=$1; shift; "$@" & echo $! > "$out/pid"; wait $!; echo $? > "$out/exit"' server "$out" \
+            "${command[@]}" --port "$PORT" "$@" > "$out/$side.log" 2>&1 < /dev/null &
+        until [ -e "$out/pid" ]; do sleep 0.1; done
         until curl -sf "$URL/health" > /dev/null; do
             kill -0 "$(cat "$out/pid")" || { tail -n 20 "$out/$side.log"; exit 1; }
             sleep 1
