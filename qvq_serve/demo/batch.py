@@ -6,6 +6,7 @@ Shapes: B cases, H x W px as drawn, L tokens with one image token each, M superv
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from qvq_serve.demo import weakness as weak
 from qvq_serve.demo.cases import KINDS, TRAINING, Case, case, sides
 from qvq_serve.demo.tokenizer import tokenizer
+from qvq_serve.governor.tokens import conclusion_tokens
 from qvq_serve.visual import TOKEN_PX, resized, visual_tokens
 
 LEAST, MOST = 256, 1_280
@@ -100,6 +102,12 @@ def broken(rng: random.Random, ids: list[int]) -> list[int]:
     return out
 
 
+@cache
+def governors() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The line ends and the conclusion that the server's governor writes, in its tokens."""
+    return conclusion_tokens(tokenizer())
+
+
 def sample(one: Case, rng: random.Random, longest: int = 10_000) -> Sample:
     """The tokens of a case: the prompt, and what the model is to write of at most `longest` tokens.
 
@@ -116,10 +124,14 @@ def sample(one: Case, rng: random.Random, longest: int = 10_000) -> Sample:
             reasoning = encode(one.reasoning)[:longest]
             honest = len(encode(one.reasoning.split("\n\n")[0])) if loop else 0
             reasoning = reasoning[: rng.randint(min(honest, len(reasoning)), len(reasoning))]
-        start = rng.choice(("\n\n**Final Answer**\n\n", "\n\n**Final Answer**\n\n", "**Final Answer"))
-        if tokenizer().decode(reasoning[-1:]).endswith("\n"):  # the governor leaves out what stands there
-            start = start.lstrip("\n")
-        forced, rest = broken(rng, encode(start)), "" if start.endswith("\n\n") else "**\n\n"
+        ended = tokenizer().decode(reasoning[-1:]).endswith("\n")  # there the governor leaves line ends out
+        lead, conclusion = governors()
+        start = rng.choice(("", "\n\n**Final Answer**\n\n", "**Final Answer"))
+        forced = broken(rng, encode(start.lstrip("\n") if ended else start)) or [
+            *lead[len(lead) * ended :],
+            *conclusion,
+        ]
+        rest = "**\n\n" if start.endswith("Answer") else ""
         answer = [*encode(rest + one.conclusion), end]
         learnt = [IGNORED] * len(asked) + reasoning + [IGNORED] * len(forced) + answer
         return Sample(asked + reasoning + forced + answer, learnt, asked.index(image))
