@@ -12,6 +12,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ VARIANTS: dict[str, Any] = {
 
 async def measure(
     target: Target, names: list[str], limit: int, users: int, max_tokens: int, block_size: int = 50
-) -> dict[str, Any]:
-    """Figures of each variant, over all cases."""
+) -> AsyncIterator[dict[str, Any]]:
+    """Figures of each variant over the cases so far, after each block."""
     items = list(DRAWN["demo-weak"](0, limit))
     judged: dict[str, list[Judged]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
@@ -54,7 +55,7 @@ async def measure(
                 raise KeyboardInterrupt
             judge(found, block)
             judged[name] += found
-    return {name: summarise(judged[name], seconds[name]) for name in names}
+        yield {name: summarise(judged[name], seconds[name]) for name in names}
 
 
 def main() -> None:
@@ -67,21 +68,24 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1_200)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
-    target = Target(options.url, timeout=600)
+    asyncio.run(run(options))
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Measures, and writes the result after each block."""
+    target, found = Target(options.url, timeout=600), dict[str, Any]()
     asked = (options.only, options.limit, options.users, options.max_tokens, options.block)
-    found = asyncio.run(measure(target, *asked))
+    header = result.header("governor_effect", ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]])
+    made = header | {"users": options.users, "max_tokens": options.max_tokens, "policy": POLICY}
+    async for found in measure(target, *asked):
+        made["variants"] = {name: {"governor": VARIANTS[name], **row} for name, row in found.items()}
+        options.out.write_text(json.dumps(made, indent=1) + "\n")
     for name, row in found.items():
         print(
             f"{name:20} right {row['accuracy']:6.1%}  answered {row['answered']:6.1%}"
             f"  {row['output_tokens']:5.0f} tokens  {row['answers_per_second']:6.2f} answers/s"
             f"  {row['right_per_second']:6.2f} right/s  {row['language_switches']:.1f} switches  {row['ended']}"
         )
-    header = result.header("governor_effect", ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]])
-    made = header | {
-        "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
-        "variants": {name: {"governor": VARIANTS[name], **row} for name, row in found.items()},
-    }  # fmt: skip
-    options.out.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from qvq_bench.bench import Target
 
-from benchmarks.governor_effect import measure
+from benchmarks.governor_effect import POLICY, measure
 from qvq_serve.api.memory import prove_governor
 from qvq_serve.errors import StartError
 from tests.engine.conftest import KEY, Server, serving
@@ -80,14 +80,20 @@ def test_off_observed_and_on_are_the_same_to_the_bit_for_who_triggers_nothing(
         assert seen["choices"][0]["message"]["reasoning"] == "c" * 200 and "governor" not in seen["qvq"]
 
 
+async def measured(target: Target, names: list[str]) -> dict[str, Any]:
+    """The effect of each variant on 30 prompts."""
+    return [found async for found in measure(target, names, limit=30, users=16, max_tokens=1_200)][-1]
+
+
 def test_a_model_that_loops_is_made_to_give_its_right_answer(cache: Path) -> None:
     """30 prompts of ten weaknesses; seven of them are loops, which know the answer and do not say it."""
-    with serving(cache, "--demo", "--governor", "on") as running:
-        target, names = Target(running.url, KEY, timeout=600), ["off", "loop and budget"]
-        off, on = asyncio.run(measure(target, names, limit=30, users=16, max_tokens=1_200)).values()
+    with serving(cache, "--demo", "--governor", "on", "--governor-policy", POLICY) as running:
+        target, names = Target(running.url, KEY, timeout=600), ["off", "loop and budget", "everything"]
+        off, on, everything = asyncio.run(measured(target, names)).values()
     assert off["right"] <= 9 and off["output_tokens"] > 400 and set(off["ended"]) >= {"length", "looped"}
     assert on["right"] >= 22 and on["output_tokens"] < 0.7 * off["output_tokens"]
     assert on["ended"]["concluded"] >= 18 and on["governor"].keys() == {"loop"}
+    assert everything["right"] >= 20 and everything["governor"].keys() >= {"loop", "sure"}
 
 
 def test_a_server_without_it_says_so(server: Server) -> None:
