@@ -48,7 +48,7 @@ case $what in
         side=$1 out=$2; shift 2
         for name in "$@"; do
             # shellcheck disable=SC2046  # the arguments are words
-            python3 -m qvq_bench.cli $(load "$name") --url $URL --no-drain --quiet --out "$out/${side}_$name.json" > /dev/null || true
+            python3 -m qvq_bench.cli $(load "$name") --url "$URL" --no-drain --quiet --out "$out/${side}_$name.json" > /dev/null || true
         done
         ;;
     stop) kill "$(cat "$1/pid")" && while kill -0 "$(cat "$1/pid")" 2> /dev/null; do sleep 0.5; done ;;

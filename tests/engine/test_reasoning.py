@@ -170,7 +170,7 @@ STRUCTURED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": JSON_FORM, "thinking_token_budget": 50}, r'\{\s*"total"\s*:\s*-?\d+\s*\}'),
     ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
     ({"structured_outputs": {"regex": "[0-9]{3}"}}, "[0-9]{3}"),
-    ({"structured_outputs": {"grammar": 'root ::= "left" | "right"'}}, "left|right"),
+    ({"structured_outputs": {"grammar": 'root ::= "north" | "south"'}}, "north|south"),
 ]
 
 
