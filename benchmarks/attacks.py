@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.stack_ratio import PORTS, bare_command, picture
+from benchmarks.stack_ratio import BARE, PORTS, bare_command, picture
 from benchmarks.startup import QVQ_SERVE, machine, wait_until_up
 
 KEY = "a-key"
@@ -55,7 +55,7 @@ class Inside(BaseHTTPRequestHandler):
 def serving(side: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server of that side."""
     command = {"ours": [str(QVQ_SERVE), "--demo", "--port", str(PORTS["ours"])], "bare": bare_command()}[side]
-    environ = os.environ | ({"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"} if side == "bare" else {})
+    environ = os.environ | (BARE if side == "bare" else {})
     with (Path(tempfile.mkdtemp()) / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--api-key", KEY], stdout=log, stderr=log, env=environ)
     try:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -32,19 +33,20 @@ OURS = ("--chat-template", "--default-chat-template-kwargs", "--reasoning-parser
         "--structured-outputs-config", "--worker-extension-cls", "--max-num-queued-reqs", "--logging-config",
         "--sse-keep-alive-interval")  # fmt: skip
 """vLLM's flags that bring our parts in, each with a value; the rest are the engine's, the same for both."""
+BARE = {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"}
+"""Environment in which vLLM loads nothing of ours."""
 
 
-def bare_command() -> list[str]:
-    """vLLM's own server with the engine flags of `qvq-serve --demo`."""
-    shown = subprocess.run([QVQ_SERVE, "--demo", "--dry-run"], capture_output=True, text=True, check=True).stdout
-    model, *arguments = shlex.split(shown.splitlines()[-1])[2:]
+def bare_command(arguments: Sequence[str] = ("--demo",), port: int = PORTS["bare"]) -> list[str]:
+    """vLLM's own server with the engine flags of `qvq-serve ARGUMENTS`. It needs BARE in its environment."""
+    dry_run = [sys.executable, "-m", "qvq_serve", "--port", str(port), "--dry-run", *arguments]
+    shown = subprocess.run(dry_run, capture_output=True, text=True, check=True).stdout
+    model, *flags = shlex.split(shown.splitlines()[-1])[2:]
     kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument not in OURS and argument != "--disable-uvicorn-access-log":
-            kept.append(argument)
-        skip = argument in OURS
-    at = kept.index("--port")
-    kept[at + 1] = str(PORTS["bare"])
+    for flag in flags:
+        if not skip and flag not in OURS and flag != "--disable-uvicorn-access-log":
+            kept.append(flag)
+        skip = flag in OURS
     return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model, *kept]
 
 
@@ -77,7 +79,7 @@ def throughput(side: str, first_seed: int) -> float:
 def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 10
     commands = {"ours": [str(QVQ_SERVE), "--demo", "--port", str(PORTS["ours"])], "bare": bare_command()}
-    environ = {"ours": os.environ, "bare": os.environ | {"VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"}}
+    environ = {"ours": os.environ, "bare": os.environ | BARE}
     servers = {}
     rows = []
     try:

@@ -34,10 +34,10 @@ def answer(url: str, body: dict[str, Any]) -> str:
     return f"{got.status_code} {got.text[:200]}"
 
 
-def start(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], url: str, log: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """A server that answers /health."""
     with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environ)
     while process.poll() is None:
         try:
             if httpx.get(f"{url}/health").status_code == 200:
