@@ -75,8 +75,10 @@ async def run(options: argparse.Namespace) -> None:
     """Measures, and writes the result after each block."""
     target, found = Target(options.url, timeout=600), dict[str, Any]()
     asked = (options.only, options.limit, options.users, options.max_tokens, options.block)
-    header = result.header("governor_effect", ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]])
-    made = header | {"users": options.users, "max_tokens": options.max_tokens, "policy": POLICY}
+    made = result.header("governor_effect", []) | {
+        "command": ["python", "-m", "benchmarks.governor_effect", *sys.argv[1:]],
+        "users": options.users, "max_tokens": options.max_tokens, "policy": POLICY,
+    }  # fmt: skip
     async for found in measure(target, *asked):
         made["variants"] = {name: {"governor": VARIANTS[name], **row} for name, row in found.items()}
         options.out.write_text(json.dumps(made, indent=1) + "\n")

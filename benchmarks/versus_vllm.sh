@@ -11,13 +11,14 @@ PORT=${PORT:-8099} URL=http://127.0.0.1:${PORT:-8099}
 
 load() {  # NAME -> qvq-bench's arguments
     case $1 in
-        alone) echo run --workload image-512 --load 1 --seconds 40 --warmup 20 ;;
-        long-answers) echo run --workload image-2k --load 128 --seconds 120 --warmup 90 ;;
-        chat-64) echo run --workload chat-short --load 64 --seconds 45 --warmup 25 ;;
-        chat-192) echo run --workload chat-short --load 192 --seconds 60 --warmup 40 ;;
-        first-image) echo run --workload first-image --load 32 --seconds 45 --warmup 20 ;;
-        same-image) echo run --workload same-image --load 32 --seconds 45 --warmup 20 ;;
-        capacity) echo sweep --workload qvq-long --seconds 90 --warmup 60 --start "${START:-16}" --repeats 1 --tolerance 0.13 ;;
+        alone) echo run --workload image-512 --load 1 --seconds 30 --warmup 10 ;;
+        long-answers) echo run --workload image-2k --load 128 --seconds 100 --warmup 90 ;;
+        chat-64) echo run --workload chat-short --load 64 --seconds 30 --warmup 20 ;;
+        chat-192) echo run --workload chat-short --load 192 --seconds 45 --warmup 35 ;;
+        first-image) echo run --workload first-image --load 32 --seconds 30 --warmup 15 ;;
+        same-image) echo run --workload same-image --load 32 --seconds 30 --warmup 15 ;;
+        capacity) echo sweep --workload qvq-long --seconds 75 --warmup 75 --start "${START:-16}" --max-load "${MOST:-512}" \
+            --repeats 1 --tolerance 0.16 ;;
         *) echo "versus_vllm.sh: no load is called '$1'" >&2; exit 2 ;;
     esac
 }
