@@ -1,17 +1,17 @@
 """The model card's way, transformers and one request at a time, on this card: seconds of a prompt, and of a token.
 
-    python -m benchmarks.tutorial_way RESULT.json GEOMETRY [LAYERS LAYERS]
+    python -m benchmarks.tutorial_way RESULT.json GEOMETRY [--layers 8 16]
 
 GEOMETRY is a directory of benchmarks.geometry; weights are made up, in BF16 on a card and FP32 without one. The whole
-model (144 GB) fits no single card, so two models with fewer layers of text (8 and 16, or as given) are measured, the
+model (144 GB) fits no single card, so two models with fewer layers of text (`--layers`) are measured, the
 vision encoder whole, and a line through the two gives the time of all layers, as if one card held them. A request is
 one image of 980 x 980 and 256 tokens of text, with 2,048 tokens of output: the workload image-2k.
 """
 
+import argparse
 import datetime
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,9 @@ def prompt(config: Qwen2VLConfig) -> dict[str, torch.Tensor]:
 def seconds(model: Any, given: dict[str, torch.Tensor], tokens: int) -> float:
     """Seconds of one answer of exactly so many tokens."""
     started = time.perf_counter()
-    out = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    length = out.shape[1]  # .tolist() would wait too; the shape does not
-    out.cpu()
+    out = model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False).cpu()
     took = time.perf_counter() - started
-    assert length == given["input_ids"].shape[1] + tokens
+    assert out.shape[1] == given["input_ids"].shape[1] + tokens
     return took
 
 
@@ -81,18 +79,23 @@ def at(rows: list[dict[str, Any]], what: str, layers: int) -> float:
 
 
 def main() -> None:
-    out, geometry, *layers = sys.argv[1:]
-    config = Qwen2VLConfig.from_pretrained(geometry)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("geometry", type=Path)
+    parser.add_argument("--layers", type=int, nargs=2, default=[8, 16])
+    options = parser.parse_args()
+    config = Qwen2VLConfig.from_pretrained(options.geometry)
     whole = config.text_config.num_hidden_layers
     rows = []
-    for count in map(int, layers or ("8", "16")):
-        rows.append(measure(config, count))
+    for layers in options.layers:
+        rows.append(measure(config, layers))
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     prompt_s, token_s = at(rows, "prompt_s", whole), at(rows, "token_s", whole)
     found = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.tutorial_way RESULT.json {Path(geometry).name} {' '.join(layers)}".strip(),
+        "command": f"python -m benchmarks.tutorial_way RESULT.json {options.geometry.name} "
+        f"--layers {' '.join(map(str, options.layers))}",
         "card": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
         "machine": machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -102,7 +105,7 @@ def main() -> None:
         "token_s": token_s,
         "output_tokens_per_second": OUTPUT_TOKENS / (prompt_s + token_s * (OUTPUT_TOKENS - 1)),
     }
-    Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     print({name: value for name, value in found.items() if name not in ("measured", "machine")})
 
 

@@ -7,7 +7,8 @@
 #   versus_vllm.sh stop OUT
 #   versus_vllm.sh table OUT                                       ratios ours / plain of all that both sides measured
 set -euo pipefail
-PORT=${PORT:-8099} URL=http://127.0.0.1:${PORT:-8099}
+PORT=${PORT:-8099}
+URL=http://127.0.0.1:$PORT
 
 load() {  # NAME -> qvq-bench's arguments
     case $1 in

@@ -44,8 +44,8 @@ def answers() -> dict[str, list[list[int]]]:
         messages = [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": content}]
         got = httpx.post(f"{URL}/v1/chat/completions", json={"messages": messages} | SAMPLING, timeout=300)
         made = got.raise_for_status().json()
-        found[f"{text} {'about image ' + str(number) if seen else ''}".strip()] = [
-            made["prompt_token_ids"], made["choices"][0]["token_ids"]]  # fmt: skip
+        name = f"{text} about image {number}" if seen else text
+        found[name] = [made["prompt_token_ids"], made["choices"][0]["token_ids"]]
     return found
 
 
@@ -58,27 +58,28 @@ def memory(gpu: Gpu) -> tuple[int, dict[str, float]]:
     return used_bytes([gpu])[0], measured | {"headroom": headroom[(str(gpu.index),)]}
 
 
-def memory_cases(gpus: list[Gpu]) -> list[tuple[str, bool, Any]]:
+def memory_cases(gpu: Gpu) -> list[tuple[str, bool, Any]]:
     """The metrics are the driver's figures; they follow another process's memory; their parts are within the whole."""
     import torch
 
     time.sleep(POLL_S)
-    cases: list[tuple[str, bool, Any]] = []
-    for at, gpu in enumerate(gpus):
-        used, metric = memory(gpu)
-        seen = {use: round(value / GIB, 3) for use, value in (metric | {"driver": used}).items()}
-        same = abs(metric["card"] - used) < GIB / 16 and abs(metric["headroom"] - (gpu.memory_bytes - used)) < GIB / 16
-        cases.append((f"card {gpu.index}: the metric and the driver say the same", same, seen))
-        within = metric["allocated"] <= metric["reserved"] <= used
-        parts = metric["weights"] + metric["kv_cache"] <= metric["allocated"] * 1.02
-        cases.append((f"card {gpu.index}: allocated within reserved within used", within and parts, seen))
-        held = torch.empty(GIB, dtype=torch.uint8, device=f"cuda:{at}")
-        time.sleep(POLL_S)
-        grown, later = memory(gpu)
-        seen = {"driver": round((grown - used) / GIB, 3), "metric": round((later["card"] - metric["card"]) / GIB, 3)}
-        follows = grown - used >= held.nbytes and abs(later["card"] - grown) < GIB / 16
-        cases.append((f"card {gpu.index}: another process's GiB is seen at the next poll", follows, seen))
-    return cases
+    used, metric = memory(gpu)
+    seen = {use: round(value / GIB, 3) for use, value in (metric | {"driver": used}).items()}
+    same = abs(metric["card"] - used) < GIB / 16 and abs(metric["headroom"] - (gpu.memory_bytes - used)) < GIB / 16
+    within = metric["allocated"] <= metric["reserved"] <= used
+    parts = metric["weights"] + metric["kv_cache"] <= metric["allocated"] * 1.02
+    held = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    time.sleep(POLL_S)
+    grown, later = memory(gpu)
+    more = {"driver": round((grown - used) / GIB, 3), "metric": round((later["card"] - metric["card"]) / GIB, 3)}
+    follows = grown - used >= held.nbytes and abs(later["card"] - grown) < GIB / 16
+    del held
+    torch.cuda.empty_cache()  # the next server needs the card
+    return [
+        ("the metric and the driver say the same", same, seen),
+        ("allocated within reserved within used", within and parts, seen),
+        ("another process's GiB is seen at the next poll", follows, more),
+    ]
 
 
 def main() -> int:
@@ -99,7 +100,7 @@ def main() -> int:
         process = start(command, URL, Path(tempfile.mkdtemp()) / "server.log", os.environ | environ)
         said.append(answers())
         if not environ:
-            for case in memory_cases(gpus):
+            for case in (case for gpu in gpus for case in memory_cases(gpu)):
                 note(*case)
         process.terminate()
         process.wait(120)
