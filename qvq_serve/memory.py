@@ -12,7 +12,7 @@ from typing import Any
 from qvq_serve.errors import UsageError, nearest
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile, given_flags
+from qvq_serve.profile import Profile, given_flags, given_words
 
 MIB = 2**20
 BF16, FP32 = 2, 4
@@ -61,7 +61,8 @@ class EngineLimits:
     whole_images: bool
     """An image is encoded in one batch, never in parts."""
     kv_cache_memory_bytes: int | None
-    max_capture_size: int
+    capture_sizes: tuple[int, ...]
+    """Tokens of the batches that have CUDA graphs, ascending."""
 
 
 def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
@@ -81,15 +82,21 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         (2048, 256) if memory_gib < 70 or "a100" in card else (8192, 1024) if memory_gib < 160 else (16384, 1024)
     )
     seqs = number("--max-num-seqs", seqs)
+    tokens = number("--max-num-batched-tokens", tokens)
     kv_bytes = number("--kv-cache-memory-bytes", 0)
+    sizes = capture_sizes(number("--max-cudagraph-capture-size", min(2 * seqs, 512)))
+    if words := given_words(profile.vllm, "--cudagraph-capture-sizes"):
+        if not all(word.isdecimal() and int(word) for word in words):
+            raise UsageError(f"--cudagraph-capture-sizes {' '.join(words)}: they are whole numbers from 1 up.")
+        sizes = sorted({int(word) for word in words})
     return EngineLimits(
         max_num_seqs=seqs,
-        max_num_batched_tokens=number("--max-num-batched-tokens", tokens),
+        max_num_batched_tokens=tokens,
         eager="--enforce-eager" in given,
         encoder_data_parallel=given.get("--mm-encoder-tp-mode") == "data",
         whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
-        max_capture_size=number("--max-cudagraph-capture-size", min(2 * seqs, 512)),
+        capture_sizes=tuple(size for size in sizes if size <= tokens),
     )
 
 
@@ -193,13 +200,13 @@ def capture_sizes(largest: int) -> list[int]:
 
 def cuda_graphs(geometry: ModelGeometry, kind: str, profile: Profile, limits: EngineLimits) -> int:
     """Bytes that vLLM reserves for CUDA graphs: piecewise ones for every size, full ones for decode batches."""
-    if limits.eager:
+    sizes = limits.capture_sizes
+    if limits.eager or not sizes:
         return 0
-    sizes = capture_sizes(limits.max_capture_size)
     full = [size for size in sizes if size <= limits.max_num_seqs]
     layers = math.ceil(geometry.layers / profile.pp)
     pool = sizes[-1] * text_bytes_per_token(geometry, kind, profile.tp, eager=False)
-    per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + GRAPH_FULL_LAYER * len(full) * full[-1] / 512
+    per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + GRAPH_FULL_LAYER * len(full) * max(full, default=0) / 512
     return int(pool + GRAPH * (len(sizes) + len(full)) + layers * per_layer)
 
 
@@ -350,8 +357,8 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
     """How each use was worked out, in a few words."""
     split = f" / TP {profile.tp}" if profile.tp > 1 else ""
     stage = f" / PP {profile.pp}" if profile.pp > 1 else ""
-    graphs = "off" if limits.eager else (
-        f"{len(capture_sizes(limits.max_capture_size))} sizes up to {limits.max_capture_size}, as vLLM reserves them"
+    graphs = "off" if limits.eager or not limits.capture_sizes else (
+        f"{len(limits.capture_sizes)} sizes up to {limits.capture_sizes[-1]}, as vLLM reserves them"
     )  # fmt: skip
     return {
         "weights": f"{kind}{split}{stage}; embeddings and head in BF16",

@@ -325,6 +325,19 @@ def given_flags(arguments: tuple[str, ...]) -> dict[str, str]:
     return given
 
 
+def given_words(arguments: tuple[str, ...], name: str) -> list[str]:
+    """The words that follow the last `name` among vLLM's arguments, for a flag that takes several."""
+    words: list[str] = []
+    taken = False
+    for argument in arguments:
+        if found := argument_name(argument):
+            taken = found == name
+            words = argument.split("=")[1:] if taken else words
+        elif taken:
+            words.append(argument)
+    return words
+
+
 def nodes(profile: Profile) -> int:
     """Machines that a replica runs on: vLLM's --nnodes. Raises UsageError where it is no number from 1 up."""
     text = given_flags(profile.vllm).get("--nnodes", "1")

@@ -121,6 +121,17 @@ def test_larger_images_batches_and_graphs_take_more() -> None:
     assert planned(Profile(vllm=("--max_num_seqs=128",))).uses["non_torch"] < base.uses["non_torch"] - 0.4 * GIB
 
 
+def test_the_batches_that_have_graphs_can_be_named() -> None:
+    base = planned(Profile())
+    few = planned(Profile(vllm=("--cudagraph_capture_sizes", "256", "8", "64", "--max-num-seqs", "1024")))
+    assert few.uses["cuda_graphs"] < 0.2 * base.uses["cuda_graphs"]
+    assert few.notes["cuda_graphs"].startswith("3 sizes up to 256")
+    beyond = planned(Profile(vllm=("--cudagraph-capture-sizes=16384",)))  # a batch has at most 8192 tokens
+    assert beyond.uses["cuda_graphs"] == 0
+    with pytest.raises(UsageError, match="--cudagraph-capture-sizes 8 many: they are whole numbers from 1 up"):
+        planned(Profile(vllm=("--cudagraph-capture-sizes", "8", "many")))
+
+
 def test_the_uses_add_up_to_what_is_requested() -> None:
     made = planned(Profile(quantization="fp8_per_channel"))
     assert sum(made.uses.values()) == made.requested
