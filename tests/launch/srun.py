@@ -21,12 +21,12 @@ def main() -> int:
     options = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:at])
     assert options["cpus-per-task"] == os.environ["SLURM_CPUS_PER_TASK"]
     nodes = int(options.get("ntasks", os.environ["SLURM_NNODES"]))
-    tasks = []
+    tasks: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+    Path(os.environ["SRUN_PID"]).write_text(str(os.getpid()))  # before a task can say that it serves
     for rank in range(nodes):
         given = {"SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)}
         tasks.append(subprocess.Popen(sys.argv[at:], env=os.environ | given))
-    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
-    Path(os.environ["SRUN_PID"]).write_text(str(os.getpid()))
     first = None
     while None in (codes := [task.poll() for task in tasks]):
         ended = [code for code in codes if code is not None]
