@@ -8,16 +8,12 @@ is the cache's bytes that a kernel has to read, by its time. `error` is the larg
 over the same cache, of one request.
 """
 
-import datetime
-import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.gemm import milliseconds
+from benchmarks.gemm import milliseconds, save
 
 HEADS, KV_HEADS, SIZE = 64, 8, 128
 BATCHES = ((1, 1_500), (16, 2_500), (64, 400), (64, 2_500), (112, 2_500), (192, 400), (256, 400), (100, 1_700))
@@ -140,13 +136,7 @@ def main() -> None:
                 row["failed"] = str(error)[-300:]
             rows.append(row)
             print(row, flush=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.attention RESULT.json",
-        "card": torch.cuda.get_device_name(),
-        "rows": rows,
-    }
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    save("attention", rows)
 
 
 if __name__ == "__main__":

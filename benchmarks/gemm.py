@@ -8,10 +8,12 @@ turns, so that none stays in the L2 cache, and 20 calls go into one CUDA graph.
 
 import datetime
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -50,6 +52,17 @@ def one(kernel: str, batch: int, weights: list[torch.Tensor]) -> float:
     return milliseconds(lambda: torch._scaled_mm(x, next(turns), rows, columns, out_dtype=torch.bfloat16))
 
 
+def save(module: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows with the card, the date and the command to the command line's first argument."""
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "card": torch.cuda.get_device_name(),
+        "rows": rows,
+    }
+    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     batches = [int(word) for word in sys.argv[2:]] or BATCHES
     weights = {
@@ -66,13 +79,7 @@ def main() -> None:
         }
         rows.append({"batch": batch} | {name: round(value, 4) for name, value in (times | whole).items()})
         print({name: value for name, value in rows[-1].items() if name.startswith(("batch", "model"))}, flush=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.gemm RESULT.json",
-        "card": torch.cuda.get_device_name(),
-        "rows": rows,
-    }
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    save("gemm", rows)
 
 
 if __name__ == "__main__":
