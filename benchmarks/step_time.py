@@ -30,6 +30,8 @@ def summed(path: Path) -> dict[str, Any]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         events = [event for event in json.load(file)["traceEvents"] if "dur" in event]
     work = sorted((event["ts"], event["dur"], event["name"][:NAME]) for event in events if event.get("cat") in WORK)
+    if not work:
+        sys.exit(f"step_time: {path} has no work of a GPU; a worker's trace, named rank…, has.")
     busy, end = 0.0, work[0][0]
     for start, duration, _ in work:
         busy += max(0.0, start + duration - max(end, start))

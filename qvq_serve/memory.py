@@ -62,7 +62,7 @@ class EngineLimits:
     """An image is encoded in one batch, never in parts."""
     kv_cache_memory_bytes: int | None
     capture_sizes: tuple[int, ...]
-    """Tokens of the batches that have CUDA graphs, ascending."""
+    """Tokens of the batches that have CUDA graphs, ascending; none with --enforce-eager."""
 
 
 def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
@@ -89,14 +89,15 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         if not all(word.isdecimal() and int(word) for word in words):
             raise UsageError(f"--cudagraph-capture-sizes {' '.join(words)}: they are whole numbers from 1 up.")
         sizes = sorted({int(word) for word in words})
+    eager = "--enforce-eager" in given
     return EngineLimits(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        eager="--enforce-eager" in given,
+        eager=eager,
         encoder_data_parallel=given.get("--mm-encoder-tp-mode") == "data",
         whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
-        capture_sizes=tuple(size for size in sizes if size <= tokens),
+        capture_sizes=() if eager else tuple(size for size in sizes if size <= tokens),
     )
 
 
@@ -201,7 +202,7 @@ def capture_sizes(largest: int) -> list[int]:
 def cuda_graphs(geometry: ModelGeometry, kind: str, profile: Profile, limits: EngineLimits) -> int:
     """Bytes that vLLM reserves for CUDA graphs: piecewise ones for every size, full ones for decode batches."""
     sizes = limits.capture_sizes
-    if limits.eager or not sizes:
+    if not sizes:
         return 0
     full = [size for size in sizes if size <= limits.max_num_seqs]
     layers = math.ceil(geometry.layers / profile.pp)
@@ -357,7 +358,7 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
     """How each use was worked out, in a few words."""
     split = f" / TP {profile.tp}" if profile.tp > 1 else ""
     stage = f" / PP {profile.pp}" if profile.pp > 1 else ""
-    graphs = "off" if limits.eager or not limits.capture_sizes else (
+    graphs = "off" if not limits.capture_sizes else (
         f"{len(limits.capture_sizes)} sizes up to {limits.capture_sizes[-1]}, as vLLM reserves them"
     )  # fmt: skip
     return {
