@@ -56,7 +56,7 @@ def started(server: Server, number: int, tokens: int) -> list[Stream]:
     for stream in streams:
         stream.start()
     for stream in streams:
-        assert stream.first.wait(60)
+        assert stream.first.wait(60), (stream.status, stream.broken, server.log.read_text()[-4000:])
     return streams
 
 
