@@ -31,6 +31,8 @@ class Row:
     images: int = 0
     repeated: bool = False
     language: str = ""
+    share: float = 1.0
+    """Of the workload's output length that was asked for: less for what a user's warm-up begins with."""
     sent: float | None = None
     first: float | None = None
     """The first non-empty text, reasoning or answer."""
@@ -70,7 +72,7 @@ class Row:
 
     @property
     def end_to_end(self) -> float | None:
-        return difference(self.end, self.sent) if self.outcome == "ok" else None
+        return difference(self.end, self.sent) if self.outcome == "ok" and self.share == 1 else None
 
     @property
     def client_queue(self) -> float | None:

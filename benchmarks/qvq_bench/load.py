@@ -4,6 +4,7 @@ import array
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from qvq_bench.client import Row, Send, ask
 from qvq_bench.workload import Request
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples, less their whole parts, are even over 0 to 1, however many are taken, and over neighbours too."""
 LAG_PERIOD_S = 0.01
 LAG_LIMIT_S = 0.05
 """A client whose event loop is later than this at its 99th percentile measures itself: the result is not valid."""
@@ -32,7 +35,11 @@ class Load:
     seconds: float | None = None
     """The measured time, after the warm-up."""
     warmup: float = 0.0
-    """Seconds before anything is measured; the users of a closed loop begin one after another in its first half."""
+    """Seconds before anything is measured; the users of a closed loop begin one after another in its first half.
+
+    Where the workload sets each length, a user's first answer has a share of it, 0 to 1, even over the users: answers
+    of one length, all begun together, would end together, and the prompts after them come in waves for ever.
+    """
     drain: bool = True
     """Wait for what still runs at the end; otherwise it is cut off, and counted as `unfinished`."""
     first_index: int = 0
@@ -70,18 +77,30 @@ async def run_load(
     until = began + load.warmup + load.seconds if load.seconds is not None else float("inf")
     final = load.first_index + load.requests if load.requests is not None else float("inf")
 
-    async def one(index: int, due: float) -> None:
+    async def one(index: int, due: float, share: float = 1.0) -> None:
         request = await requests(index)
+        body = request.body | {"model": model}
+        if share < 1 and body.get("ignore_eos") and "max_tokens" in body and "min_tokens" not in body:
+            body["max_tokens"] = max(math.ceil(body["max_tokens"] * share), 1)
+        else:
+            share = 1.0
         row = Row(
-            index, max(due, clock()) if load.due is None else due, request.images, request.repeated, request.language
+            index,
+            max(due, clock()) if load.due is None else due,
+            request.images,
+            request.repeated,
+            request.language,
+            share,
         )
         made.rows.append(row)
-        await ask(send, request.body | {"model": model}, row)
+        await ask(send, body, row)
 
     async def user(number: int) -> None:
         await asyncio.sleep(load.warmup / 2 * number / load.level)
+        share = (number + 1) * GOLDEN % 1 if load.warmup else 1.0
         while clock() < until and (index := next(counter)) < final:
-            await one(index, 0.0)
+            await one(index, 0.0, share)
+            share = 1.0
             await asyncio.sleep(load.think)
 
     async def arrive() -> None:

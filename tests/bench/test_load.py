@@ -8,6 +8,7 @@ import pytest
 from qvq_bench.arrivals import due_times
 from qvq_bench.load import Load, Measured, run_load
 from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise, unsettled
+from qvq_bench.workload import Request
 
 from tests.bench.fake import Plan
 from tests.bench.virtual import Simulated, empty_request, run, sender
@@ -70,6 +71,29 @@ def test_a_window_that_begins_before_the_first_answers_end_is_said_to_be_unsettl
     short = summarise(measured(Load(2, seconds=9.0, warmup=2.0), plan), 2, judged=True)
     assert "an answer takes 3 s at the median and the warm-up 2 s" in (unsettled(short, 2.0, "closed") or "")
     assert unsettled(short, 4.0, "closed") is None and unsettled(short, 2.0, "poisson") is None
+
+
+@pytest.mark.parametrize("warmup", [8.0, 10.0, 11.0, 12.0, 13.0])
+def test_users_whose_answers_are_of_one_length_do_not_end_them_together(warmup: float) -> None:
+    """Of an answer's 4 s, 2 are its prompt's: in half of that, a window sees all users' tokens or none, or a mean."""
+
+    async def request(index: int) -> Request:
+        return Request(index, {"messages": [], "max_tokens": 20, "ignore_eos": True}, 0, "en", False)
+
+    def plan(body: dict[str, Any]) -> Plan:
+        return Plan(first=2.0, gap=0.1, chunks=body["max_tokens"])
+
+    made = run(run_load(sender(plan), request, Load(32, seconds=2.0, warmup=warmup), "model"))
+    summary = summarise(made, 32, judged=False)
+    assert summary["throughput"]["output_tokens_per_second"] == pytest.approx(32 * 20 / 4, rel=0.1)
+    assert summary["latency"]["end_to_end"]["max"] == near(3.9)
+    assert sum(row.share < 1 for row in made.rows) == 32
+    assert all(row.end_to_end is None for row in made.rows if row.share < 1)
+
+
+def test_an_answer_that_ends_by_itself_keeps_its_limit_in_the_warm_up() -> None:
+    made = measured(Load(4, seconds=2.0, warmup=4.0), "first=0.5,gap=0.1,chunks=6")
+    assert {row.share for row in made.rows} == {1.0}
 
 
 def test_arrivals_are_what_they_say() -> None:
