@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qvq_serve.engine import OWNED, PROFILE_VARIABLE, bind_threads, command, served_name
+from qvq_serve.engine import ALLOCATOR_VARIABLES, OWNED, PROFILE_VARIABLE, bind_threads, command, served_name
 from qvq_serve.errors import UsageError
 from qvq_serve.profile import Profile
 
@@ -62,6 +62,19 @@ def test_plugins_that_are_named_outside_stay_and_ours_is_added(monkeypatch: pyte
     assert command(Profile(), gpus=1).environment["VLLM_PLUGINS"] == "qvq_serve,theirs"
     monkeypatch.delenv("VLLM_PLUGINS")
     assert "qvq_serve" in command(Profile(), gpus=1).environment["VLLM_PLUGINS"].split(",")
+
+
+def test_the_allocator_is_told_on_one_gpu_where_nobody_else_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(profile: Profile, gpus: int = 1) -> str | None:
+        return command(profile, gpus=gpus, cpus=[0, 1]).environment.get("PYTORCH_CUDA_ALLOC_CONF")
+
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert told(Profile()) == "expandable_segments:True"
+    assert told(Profile(), gpus=0) is None and told(Profile(tp=2), gpus=2) is None
+    assert told(Profile(vllm=("--kv-transfer-config", '{"kv_connector": "NixlConnector"}'))) is None
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert told(Profile()) is None
 
 
 def test_a_model_after_the_dashes_is_refused() -> None:
