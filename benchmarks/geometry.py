@@ -6,6 +6,7 @@ The tokenizer is Qwen's own vocabulary, from the ranks that the package qwen-tok
 """
 
 import json
+import os
 import sys
 from importlib.resources import files
 from itertools import pairwise
@@ -88,7 +89,7 @@ def write_geometry(directory: Path, tokenizer: Path, name: str) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for file in tokenizer.iterdir():
         (target / file.name).unlink(missing_ok=True)
-        (target / file.name).symlink_to(file.absolute())
+        (target / file.name).symlink_to(os.path.relpath(file, target))  # the whole may be moved
     (target / "config.json").write_text(json.dumps(config_of(name), indent=1))
     return target
 

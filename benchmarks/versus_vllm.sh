@@ -19,7 +19,7 @@ load() {  # NAME -> qvq-bench's arguments
         chat-256) echo run --workload chat-short --seed 256 --load 256 --seconds 40 --warmup 45 ;;
         first-image) echo run --workload first-image --load 32 --seconds 30 --warmup 15 ;;
         same-image) echo run --workload same-image --load 32 --seconds 30 --warmup 15 ;;
-        capacity) echo sweep --workload qvq-long --seconds 75 --warmup 75 --start "${START:-16}" --max-load "${MOST:-512}" \
+        capacity) echo sweep --workload qvq-long --seconds 90 --warmup 110 --start "${START:-16}" --max-load "${MOST:-512}" \
             --repeats 1 --tolerance 0.16 ;;
         *) echo "versus_vllm.sh: no load is called '$1'" >&2; exit 2 ;;
     esac
