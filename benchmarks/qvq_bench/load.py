@@ -80,18 +80,11 @@ async def run_load(
     async def one(index: int, due: float, share: float = 1.0) -> None:
         request = await requests(index)
         body = request.body | {"model": model}
-        if share < 1 and body.get("ignore_eos") and "max_tokens" in body and "min_tokens" not in body:
-            body["max_tokens"] = max(math.ceil(body["max_tokens"] * share), 1)
-        else:
-            share = 1.0
         row = Row(
-            index,
-            max(due, clock()) if load.due is None else due,
-            request.images,
-            request.repeated,
-            request.language,
-            share,
+            index, max(due, clock()) if load.due is None else due, request.images, request.repeated, request.language
         )
+        if share < 1 and body.get("ignore_eos") and "max_tokens" in body and "min_tokens" not in body:
+            row.share, body["max_tokens"] = share, max(math.ceil(body["max_tokens"] * share), 1)
         made.rows.append(row)
         await ask(send, body, row)
 
