@@ -161,7 +161,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     told = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
     if gpus and profile.tp == 1 and not told and "--kv-transfer-config" not in given_flags(profile.vllm):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-        reasons[ALLOCATOR_VARIABLES[0]] = "less of a card is lost to fragments: 1.1 GB of an H200's, not 3.4"
+        reasons[ALLOCATOR_VARIABLES[0]] = "less of a card is lost to fragments (of an H200 1.1 GB, not 3.4)"
     environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k not in SECRET})
     secrets = {API_KEY_VARIABLE: profile.key(), GUARD_KEY_VARIABLE: profile.guard_api_key}
     return Command(environment, [*argv, *profile.vllm], reasons, {name: key for name, key in secrets.items() if key})
