@@ -2,7 +2,8 @@
 
 Constants that are not arithmetic were fitted to benchmarks/results/memory_2026-11-24.json: vLLM 0.32.0 with its V2
 runner on one H100 and one H200. FITTED names the runs; the others of that file were left out, and
-tests/unit/test_memory.py holds the plan to all of them.
+tests/unit/test_memory.py holds the plan to all of them. What tensor parallelism changes was fitted to
+starts_2026-11-28.json, TP 2 and 4 on H200.
 """
 
 import math
@@ -31,9 +32,9 @@ LOAD_OVERHEAD = int(0.1 * GIB)
 """Beside the parameters, what loading leaves allocated: 0.07 to 0.11 GiB in all runs."""
 NON_TORCH = int(0.38 * GIB)
 """Kernel modules, cuBLAS and fragmentation, beside parameters and buffers: 0.30 to 0.44 GiB in all runs."""
-TENSOR_PARALLEL = int(1.5 * GIB)
-"""NCCL and the custom all-reduce at TP above 1. NOT MEASURED HERE: llm-d-planner reports 2.1 GiB where it had planned
-0.6 (accuracy/blog-gpu-capacity.md, vLLM 0.17, H100)."""
+COMMUNICATION = int(0.955 * GIB)
+"""NCCL and vLLM's all-reduce with more than one GPU, taken with the context: 139.80 - 138.33 GiB at TP 4 on H200, less
+CONTEXT. (llm-d-planner reports 2.1 GiB of both and libraries; accuracy/blog-gpu-capacity.md, vLLM 0.17, H100.)"""
 # Bytes at the peak of a text batch, a token: (of the MLP's width, of the hidden size). 3 copies of each in BF16 are
 # gate, up and their product, and hidden states, residual and output; FP8 adds copies of one byte, torch.compile one.
 TEXT_EAGER = {"bf16": (6, 6), "int4": (6, 6), "fp8": (7, 6)}
@@ -42,7 +43,8 @@ PATCH_EAGER, PATCH_COMPILED = 29_500, 39_750
 """Bytes at the peak of the vision encoder, a patch at a width of 1280: 461.5 and 620.9 MiB for 16384 patches."""
 # vLLM reserves CUDA graphs by a trial capture, which overstates what they then take (2.2 GiB for 1.3, 1.0 for 0.4).
 GRAPH, GRAPH_PIECEWISE_LAYER, GRAPH_FULL_LAYER = 3.5 * MIB, 0.061 * MIB, 0.386 * MIB
-"""Bytes of a graph, of a layer in a piecewise one, and of a layer in a full one of 512 sequences (linear below)."""
+"""Bytes of a graph, of a layer in a piecewise one, and of a layer in a full one of 512 sequences (linear below), which
+tensor parallelism divides: 2.22, 1.51 and 1.16 GiB at TP 1, 2 and 4."""
 
 # Total memory in GiB as CUDA reports it. H100 and H200 were read here; the rest is what their users report, within 0.3.
 CARDS = {"h100": 79.18, "h200": 139.80, "h100-nvl": 93.1, "a100-80gb": 79.2, "a100-40gb": 39.4, "l40s": 44.4,
@@ -207,7 +209,8 @@ def cuda_graphs(geometry: ModelGeometry, kind: str, profile: Profile, limits: En
     full = [size for size in sizes if size <= limits.max_num_seqs]
     layers = math.ceil(geometry.layers / profile.pp)
     pool = sizes[-1] * text_bytes_per_token(geometry, kind, profile.tp, eager=False)
-    per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + GRAPH_FULL_LAYER * len(full) * max(full, default=0) / 512
+    of_full = GRAPH_FULL_LAYER * len(full) * max(full, default=0) / 512 / profile.tp
+    per_layer = GRAPH_PIECEWISE_LAYER * len(sizes) + of_full
     return int(pool + GRAPH * (len(sizes) + len(full)) + layers * per_layer)
 
 
@@ -258,8 +261,13 @@ class MemoryPlan:
 
     @property
     def headroom(self) -> int:
-        """Bytes that neither CUDA's context nor vLLM takes."""
-        return self.memory - CONTEXT - self.requested
+        """Bytes that neither CUDA's context, nor communication between GPUs, nor vLLM takes."""
+        return self.memory - self.context - self.requested
+
+    @property
+    def context(self) -> int:
+        """Bytes that are gone before vLLM looks at the card."""
+        return CONTEXT + (COMMUNICATION if self.profile.tp * self.profile.pp > 1 else 0)
 
     def requests(self, tokens: int) -> float:
         """How many requests of so many tokens fit at once, each rounded up to whole blocks."""
@@ -310,7 +318,7 @@ def plan(
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
         "cuda_graphs": cuda_graphs(geometry, kind, profile, limits),
-        "non_torch": NON_TORCH + buffers(geometry, limits) + (TENSOR_PARALLEL if tp > 1 else 0),
+        "non_torch": NON_TORCH + buffers(geometry, limits),
     }
     fixed = sum(uses.values())
     requested = math.ceil(memory * profile.gpu_memory_utilization)
@@ -368,7 +376,7 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
         f"encoder with {encoder_tokens(profile, limits)} visual tokens",
         "encoder_cache": f"outputs of {encoder_tokens(profile, limits)} visual tokens",
         "cuda_graphs": graphs,
-        "non_torch": f"libraries{', NCCL (not measured here)' if profile.tp > 1 else ''} and vLLM's buffers for "
+        "non_torch": f"libraries and vLLM's buffers for "
         f"{limits.max_num_seqs} sequences",
         "kv_cache": f"the rest of {profile.gpu_memory_utilization:g} of the card"
         if not limits.kv_cache_memory_bytes else "--kv-cache-memory-bytes",
@@ -382,9 +390,9 @@ def find_problems(made: MemoryPlan) -> list[str]:
         problems.append(
             f"--tp {profile.tp} x --pp {profile.pp} needs {profile.tp * profile.pp} GPUs, and there are {made.num_gpus}"
         )
-    if made.requested > made.memory - CONTEXT:
+    if made.requested > made.memory - made.context:
         problems.append(
-            f"{made.requested / GIB:.1f} GiB are requested of each card, which has {(made.memory - CONTEXT) / GIB:.1f}"
+            f"{made.requested / GIB:.1f} GiB are requested of each card, which has {(made.memory - made.context) / GIB:.1f}"
         )
     if made.fixed > made.requested:
         problems.append(
@@ -406,7 +414,7 @@ def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
     lines += [f"  {name:16}{made.uses[name] / GIB:8.2f}  {made.notes[name]}" for name in USES]
     lines += [
         f"  {'requested':16}{made.requested / GIB:8.2f}",
-        f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {CONTEXT / GIB:.2f} of CUDA's own",
+        f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {made.context / GIB:.2f} of CUDA's own{', and NCCL' if made.context > CONTEXT else ''}",
         f"host memory that grows with the limits: {made.host / GIB:.1f} GiB (pinned buffers, processor caches)",
         f"KV cache: {made.kv_cache_tokens} tokens of {made.kv_bytes_per_token} bytes a GPU; at once "
         f"{made.requests(profile.max_model_len):.1f} requests of {profile.max_model_len} tokens, "

@@ -35,6 +35,8 @@ STARTS = [
     for start in json.loads((RESULTS / "starts_2026-11-24.json").read_text())
     if start["name"] != "demo"  # it had another geometry then
 ]
+PARALLEL = json.loads((RESULTS / "starts_2026-11-28.json").read_text())
+"""Starts at TP 2 and 4, which the share of CUDA graphs that TP divides was fitted to."""
 QVQ = ModelGeometry.load("qvq-72b")
 H100, H200 = card_memory("h100")[1], card_memory("h200")[1]
 
@@ -50,25 +52,26 @@ def test_each_measured_run_is_planned_within_the_limits(run: dict[str, object]) 
     assert found.broken == [], found
 
 
-@pytest.mark.parametrize("start", STARTS, ids=lambda start: start["name"])
+@pytest.mark.parametrize("start", [*STARTS, *PARALLEL], ids=lambda start: start["name"])
 def test_each_start_of_the_server_on_a_gpu_is_planned_within_the_limits(start: dict[str, Any], capsys: Any) -> None:
-    """These settings were chosen after the formulas, and nothing was changed since."""
-    arguments = start["command"].replace("/tmp/models/", "").split()[1:]
+    """On one card, these settings were chosen after the formulas, and nothing was changed since."""
+    arguments = start["command"].replace("/tmp/models/", "").replace("DIR/", "").split()[1:]
     card = "h200" if "H200" in start["gpu"] else "h100"
-    cli.main(["plan", "--json", "--gpu", card, *arguments])
+    cards = start["at_start"]["measured"]
+    cards = [cards] if "weights" in cards else list(cards.values())
+    cli.main(["plan", "--json", "--gpu", card, "--num-gpus", str(len(cards)), *arguments])
     made = json.loads(capsys.readouterr().out)
     assert made["kv_cache_tokens"] == pytest.approx(start["kv_cache_tokens"][1], rel=KV_LIMIT)
-    measured = start["at_start"]["measured"]
     gib = made["per_gpu_gib"]
     weights = gib["weights"] + gib["vision_encoder"]
     activations = gib["activation_peak"] + gib["encoder_cache"]
-    assert weights == pytest.approx(measured["weights"], rel=WEIGHTS_LIMIT)
     uses = {"activation_peak": activations, "cuda_graphs": gib["cuda_graphs"], "non_torch": gib["non_torch"]}
-    for use, planned_gib in uses.items():
-        assert planned_gib == pytest.approx(measured[use], abs=USE_LIMIT_GIB)
-    assert weights + sum(uses.values()) == pytest.approx(
-        measured["weights"] + sum(measured[use] for use in uses), rel=FIXED_LIMIT
-    )
+    for measured in cards:
+        assert weights == pytest.approx(measured["weights"], rel=WEIGHTS_LIMIT)
+        for use, planned_gib in uses.items():
+            assert planned_gib == pytest.approx(measured[use], abs=USE_LIMIT_GIB)
+        total = measured["weights"] + sum(measured[use] for use in uses)
+        assert weights + sum(uses.values()) == pytest.approx(total, rel=FIXED_LIMIT)
 
 
 def test_runs_that_nothing_was_fitted_on_are_among_them() -> None:
@@ -77,6 +80,15 @@ def test_runs_that_nothing_was_fitted_on_are_among_them() -> None:
     assert len(names - set(FITTED)) >= 3
     assert sum(run["setting"]["model"].startswith("qvq-72b") for run in RUNS) >= 8
     assert {run["measured"]["gpu"] for run in RUNS} == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
+
+
+def test_cards_that_talk_to_each_other_have_less_to_give() -> None:
+    """At TP 4 on H200 vLLM found 138.33 of 139.80 GiB free, which is less than 0.99 of the card."""
+    flags = {"gpu_memory_utilization": 0.99}
+    four = planned(Profile(tp=4, **flags), gpus=4)
+    assert four.memory - four.context == pytest.approx(138.33 * GIB, abs=0.01 * GIB)
+    assert any("requested of each card" in problem for problem in four.problems)
+    assert planned(Profile(quantization="fp8_per_channel", **flags)).problems == []
 
 
 def test_the_planner_has_no_table_keyed_by_setting() -> None:
@@ -135,7 +147,7 @@ def test_the_batches_that_have_graphs_can_be_named() -> None:
 def test_the_uses_add_up_to_what_is_requested() -> None:
     made = planned(Profile(quantization="fp8_per_channel"))
     assert sum(made.uses.values()) == made.requested
-    assert made.requested + made.headroom + memory.CONTEXT == made.memory
+    assert made.requested + made.headroom + made.context == made.memory
 
 
 def test_a_kv_cache_in_bytes_is_taken_as_given() -> None:
