@@ -391,9 +391,8 @@ def find_problems(made: MemoryPlan) -> list[str]:
             f"--tp {profile.tp} x --pp {profile.pp} needs {profile.tp * profile.pp} GPUs, and there are {made.num_gpus}"
         )
     if made.requested > made.memory - made.context:
-        problems.append(
-            f"{made.requested / GIB:.1f} GiB are requested of each card, which has {(made.memory - made.context) / GIB:.1f}"
-        )
+        free = (made.memory - made.context) / GIB
+        problems.append(f"{made.requested / GIB:.1f} GiB are requested of each card, which has {free:.1f}")
     if made.fixed > made.requested:
         problems.append(
             f"weights and working memory take {made.fixed / GIB:.1f} GiB of each card, above the "
@@ -409,12 +408,13 @@ def find_problems(made: MemoryPlan) -> list[str]:
 def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
     """The plan for a reader: each use in GiB with how it was worked out, then requests, problems and what would fit."""
     profile = made.profile
+    nccl = " and NCCL's" if made.context > CONTEXT else ""
     lines = [f"{profile.model} on {made.num_gpus} x {made.card} ({made.memory / GIB:.1f} GiB), "
              f"TP {profile.tp}, PP {profile.pp}; GiB of each GPU:"]  # fmt: skip
     lines += [f"  {name:16}{made.uses[name] / GIB:8.2f}  {made.notes[name]}" for name in USES]
     lines += [
         f"  {'requested':16}{made.requested / GIB:8.2f}",
-        f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {made.context / GIB:.2f} of CUDA's own{', and NCCL' if made.context > CONTEXT else ''}",
+        f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {made.context / GIB:.2f} of CUDA's own{nccl}",
         f"host memory that grows with the limits: {made.host / GIB:.1f} GiB (pinned buffers, processor caches)",
         f"KV cache: {made.kv_cache_tokens} tokens of {made.kv_bytes_per_token} bytes a GPU; at once "
         f"{made.requests(profile.max_model_len):.1f} requests of {profile.max_model_len} tokens, "
