@@ -1,5 +1,6 @@
 """Each reason not to start, found before anything is loaded: the value seen, and what would do."""
 
+import importlib.util
 import math
 import os
 import resource
@@ -182,6 +183,19 @@ def check_driver(version: str) -> None:
         )
 
 
+def check_flashinfer() -> None:
+    """FlashInfer's kernels, compiled, or what compiles them: ninja, and an nvcc where vLLM looks. Raises StartError."""
+    if importlib.util.find_spec("flashinfer_jit_cache"):
+        return
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{toolkit}/bin/nvcc" if toolkit else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if missing := [tool for tool in (nvcc, "ninja") if not shutil.which(tool)]:
+        raise StartError(
+            f"--attention-backend FLASHINFER needs its compiled kernels, or nvcc and ninja to compile them, and there is "
+            f"no {' and no '.join(missing)}; `vllm download-kernels` brings the kernels, or choose FLASH_ATTN."
+        )
+
+
 def check_shared_memory(workers: int, free_bytes: int) -> None:
     """Shared memory for the workers' messages, and NCCL's. Raises StartError."""
     needed = LEAST_SHM_BYTES * workers if workers > 1 else 0
@@ -217,6 +231,8 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
         yield lambda: check_shared_memory(workers, shutil.disk_usage("/dev/shm").free)
     if gpus:
         yield lambda: check_driver(driver_version())
+        if given_flags(profile.vllm).get("--attention-backend", "").upper() == "FLASHINFER":
+            yield check_flashinfer
         for gpu in gpus[:workers]:
             yield lambda gpu=gpu: check_others(gpu, processes_on(gpu), profile.gpu_memory_utilization)  # type: ignore[misc]
         smallest = min(gpus[:workers], key=lambda gpu: gpu.memory_bytes)

@@ -12,6 +12,7 @@ from qvq_serve.memory import MemoryPlan, plan
 from qvq_serve.model import ModelGeometry
 from qvq_serve.preflight import (
     check_driver,
+    check_flashinfer,
     check_gpus,
     check_groups,
     check_memory,
@@ -22,6 +23,7 @@ from qvq_serve.preflight import (
     check_shared_memory,
     check_start,
     check_usage,
+    machine_checks,
 )
 from qvq_serve.profile import Profile, Resolved, resolve, shipped_profile
 
@@ -125,6 +127,32 @@ def test_an_old_driver_is_refused() -> None:
     with pytest.raises(StartError, match=r"the NVIDIA driver is 535\.104\.05, and CUDA 13 needs 580"):
         check_driver("535.104.05")
     check_driver("580.159.04")
+
+
+def test_flashinfer_without_its_kernels_and_without_a_compiler_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc, ninja = tmp_path / "cuda/bin/nvcc", tmp_path / "bin/ninja"
+    monkeypatch.setenv("PATH", str(ninja.parent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    for tool in (nvcc, ninja):
+        with pytest.raises(StartError, match=rf"there is no {tool if tool == nvcc else 'ninja'}\b.* FLASH_ATTN"):
+            check_flashinfer()
+        tool.parent.mkdir(parents=True)
+        tool.touch(mode=0o755)
+    check_flashinfer()
+    for flags in ((), ("--attention-backend", "FLASH_ATTN"), ("--attention-backend=flashinfer",)):
+        checks = list(machine_checks(with_gpus(Profile(vllm=flags)), [H100]))
+        assert (check_flashinfer in checks) == (flags == ("--attention-backend=flashinfer",))
+
+
+def test_flashinfers_compiled_kernels_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/none")
+    (tmp_path / "flashinfer_jit_cache").mkdir()
+    (tmp_path / "flashinfer_jit_cache/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    check_flashinfer()
 
 
 def test_small_shared_memory_is_refused_for_several_workers_only() -> None:
