@@ -62,8 +62,8 @@ def begin_worker(workload: Workload) -> None:
     DRAWN.append(workload)
 
 
-def made_in_worker(index: int) -> Request:
-    return DRAWN[0].request(index)
+def made_in_worker(index: int, share: float) -> Request:
+    return DRAWN[0].request(index, share)
 
 
 class Prepared:
@@ -71,25 +71,27 @@ class Prepared:
 
     def __init__(self, workload: Workload, workers: int = 2) -> None:
         self.made: dict[int, Future[Request]] = {}
+        self.next_index = 0
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(workload,))
 
-    def ahead(self, first: int, count: int) -> None:
-        """Has `count` requests from `first` on drawn."""
-        for index in range(first, first + count):
-            if index not in self.made:
-                self.made[index] = self.pool.submit(made_in_worker, index)
+    def ahead(self, stop: int) -> None:
+        """Has the load's requests below `stop` drawn."""
+        for index in range(self.next_index, stop):
+            self.made[index] = self.pool.submit(made_in_worker, index, self.load.share(index))
+        self.next_index = max(self.next_index, stop)
 
     async def __call__(self, index: int) -> Request:
-        self.ahead(index, 32)
+        self.ahead(index + 32)
         return await asyncio.wrap_future(self.made.pop(index))
 
-    async def begin(self, first: int, count: int) -> None:
-        """Waits until the first requests of a step are there; forgets those of the last."""
-        for index in [index for index in self.made if index < first]:
-            self.made.pop(index).cancel()
-        self.ahead(first, count)
-        await asyncio.gather(*(asyncio.wrap_future(self.made[index]) for index in range(first, first + count)))
+    async def begin(self, load: Load, count: int) -> None:
+        """Waits until a load's first `count` requests, its users' at least, are there; forgets those of the last."""
+        for left in self.made.values():
+            left.cancel()
+        self.made, self.load, self.next_index = {}, load, load.first_index
+        self.ahead(load.first_index + count)
+        await asyncio.gather(*(asyncio.wrap_future(made) for made in self.made.values()))
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -155,7 +157,7 @@ class Bench:
             self.next_index,
         )
         first = min(int(level) + 8 if due is None else 64, plan.requests or sys.maxsize)
-        await self.prepared.begin(self.next_index, first)
+        await self.prepared.begin(load, first)
         with Bar(load, what, self.show) as told:
             made = await run_load(
                 self.send, self.prepared, load, self.model, self.watch, plan.sample_every, told.update

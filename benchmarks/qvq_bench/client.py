@@ -32,7 +32,7 @@ class Row:
     repeated: bool = False
     language: str = ""
     share: float = 1.0
-    """Of the workload's output length that was asked for: less for what a user's warm-up begins with."""
+    """Of the workload's output length that was asked for: less where a user begins in the middle of an answer."""
     sent: float | None = None
     first: float | None = None
     """The first non-empty text, reasoning or answer."""

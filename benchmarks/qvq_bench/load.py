@@ -37,13 +37,24 @@ class Load:
     warmup: float = 0.0
     """Seconds before anything is measured; the users of a closed loop begin one after another in its first half.
 
-    Where the workload sets each length, a user's first answer has a share of it, 0 to 1, even over the users: answers
-    of one length, all begun together, would end together, and the prompts after them come in waves for ever.
+    Where the workload sets each length, each user begins in the middle of an answer (`Workload.request`): answers all
+    begun together would end together, the prompts after them come in waves, and the KV cache fill for as long as the
+    longest answer takes.
     """
     drain: bool = True
     """Wait for what still runs at the end; otherwise it is cut off, and counted as `unfinished`."""
     first_index: int = 0
     """Of the workload's requests: a step that begins where the last one ended meets no cached image or prefix."""
+
+    @property
+    def users(self) -> int:
+        """Of a closed loop; 0 for an open one. They take the first indexes, one each, in their order."""
+        return int(self.level) if self.due is None else 0
+
+    def share(self, index: int) -> float:
+        """Of the answer to that request, what is left of it as it is sent: even over the users, 0 to 1."""
+        number = index - self.first_index
+        return (number + 1) * GOLDEN % 1 if self.warmup and number < self.users else 1.0
 
 
 @dataclass
@@ -72,29 +83,32 @@ async def run_load(
     """Puts a load on a server. A cancellation ends it early and keeps what was measured (`interrupted`)."""
     clock = asyncio.get_running_loop().time
     began, made = clock(), Measured(start=load.warmup)
-    counter = itertools.count(load.first_index)
+    counter = itertools.count(load.first_index + load.users)
     running: set[asyncio.Task[None]] = set()
     until = began + load.warmup + load.seconds if load.seconds is not None else float("inf")
     final = load.first_index + load.requests if load.requests is not None else float("inf")
 
-    async def one(index: int, due: float, share: float = 1.0) -> None:
+    async def one(index: int, due: float) -> None:
         request = await requests(index)
         body = request.body | {"model": model}
         row = Row(
-            index, max(due, clock()) if load.due is None else due, request.images, request.repeated, request.language
+            index,
+            max(due, clock()) if load.due is None else due,
+            request.images,
+            request.repeated,
+            request.language,
+            request.share,
         )
-        if share < 1 and body.get("ignore_eos") and "max_tokens" in body and "min_tokens" not in body:
-            row.share, body["max_tokens"] = share, max(math.ceil(body["max_tokens"] * share), 1)
         made.rows.append(row)
         await ask(send, body, row)
 
     async def user(number: int) -> None:
         await asyncio.sleep(load.warmup / 2 * number / load.level)
-        share = (number + 1) * GOLDEN % 1 if load.warmup else 1.0
-        while clock() < until and (index := next(counter)) < final:
-            await one(index, 0.0, share)
-            share = 1.0
+        index = load.first_index + number
+        while clock() < until and index < final:
+            await one(index, 0.0)
             await asyncio.sleep(load.think)
+            index = next(counter)
 
     async def arrive() -> None:
         for offset in load.due or ():
@@ -110,7 +124,7 @@ async def run_load(
     if progress:
         watchers.append(asyncio.create_task(tell(made, progress, load.first_index)))
     if load.due is None:
-        senders = [asyncio.create_task(user(number)) for number in range(int(load.level))]
+        senders = [asyncio.create_task(user(number)) for number in range(load.users)]
     else:
         senders = [asyncio.create_task(arrive())]
     try:

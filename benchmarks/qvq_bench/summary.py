@@ -68,9 +68,12 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
 
 
 def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
-    """What is wrong with a window that begins before the first answers have ended; None where nothing is."""
+    """What is wrong with a window that begins before the first answers have ended; None where nothing is.
+
+    Nothing is where the workload sets each length (`useful` is None): users begin in the middle of their answers.
+    """
     answer = step["latency"]["end_to_end"]["p50"]
-    if kind != "closed" or not warmup or answer is None or answer <= warmup:
+    if kind != "closed" or not warmup or step["useful"] is None or answer is None or answer <= warmup:
         return None
     return (
         f"an answer takes {answer:.0f} s at the median and the warm-up {warmup:g} s: the users are still in step, and "

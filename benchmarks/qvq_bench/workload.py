@@ -74,6 +74,12 @@ class Distribution:
             return max(1, round(min(self.high, rng.lognormvariate(math.log(self.median), sigma))))
         return rng.randint(self.low, self.high)
 
+    def draw_running(self, rng: random.Random) -> int:
+        """One as they are met among answers that run: one of twice the length is met twice as often."""
+        while rng.random() * self.most >= (drawn := self.draw(rng)):
+            pass
+        return drawn
+
     @property
     def most(self) -> int:
         """The greatest that can be drawn."""
@@ -226,6 +232,7 @@ class Request:
     images: int  # that it carries
     language: str  # of the question; "" for a request of one's own
     repeated: bool  # its images were sent before (own ones: may have been, once all files were in turn)
+    share: float = 1.0  # of its answer that is left to be written; the rest is in its prompt
 
 
 @dataclass(frozen=True)
@@ -270,13 +277,20 @@ class Workload:
         """Whether each answer has exactly the length that was asked for."""
         return all(body.get("ignore_eos", False) for body in self.own) if self.own else bool(self.output["ignore_eos"])
 
-    def request(self, index: int) -> Request:
-        """The request of this index, from 0: the same whenever it is asked for."""
+    def request(self, index: int, share: float = 1.0) -> Request:
+        """The request of this index, from 0: the same whenever it is asked for.
+
+        With a share below 1 it is met in the middle of its answer, where the workload sets each length: that share is
+        left to be written, and as much text as was written is in the prompt (not with requests of one's own).
+        """
+        share = share if self.ignores_eos else 1.0
         if self.own:
             body = self.sampling | self.own[index % len(self.own)]
+            if share < 1 and "max_tokens" in body and "min_tokens" not in body:
+                body |= {"max_tokens": max(math.ceil(body["max_tokens"] * share), 1)}
             contents = [message["content"] for message in body["messages"] if isinstance(message.get("content"), list)]
             count = sum(isinstance(part, dict) and "image_url" in part for content in contents for part in content)
-            return Request(index, body, count, "", count > 0 and index >= len(self.own))
+            return Request(index, body, count, "", count > 0 and index >= len(self.own), share)
         source = self._source(index)
         urls, again = self._urls(source)
         rng = self._random("request", index)
@@ -289,7 +303,11 @@ class Workload:
             **({"ignore_eos": True} if self.output["ignore_eos"] else {}),
             **self.sampling,
         }
-        return Request(index, body, len(urls), language, bool(urls) and (again or source != index))
+        if share < 1:
+            tokens = self.output["tokens"].draw_running(rng)
+            body["max_tokens"] = left = max(math.ceil(tokens * share), 1)
+            content[-1]["text"] += "\n\n" + filler(rng, language, tokens - left)
+        return Request(index, body, len(urls), language, bool(urls) and (again or source != index), share)
 
     def _random(self, purpose: str, index: int = 0) -> random.Random:
         return random.Random(f"{self.seed} {purpose} {index}")

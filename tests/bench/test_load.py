@@ -2,13 +2,16 @@
 
 import asyncio
 import itertools
+import statistics
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from qvq_bench.arrivals import due_times
 from qvq_bench.load import Load, Measured, run_load
 from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise, unsettled
-from qvq_bench.workload import Request
+from qvq_bench.workload import Request, Workload, load_workload
 
 from tests.bench.fake import Plan
 from tests.bench.virtual import Simulated, empty_request, run, sender
@@ -17,6 +20,25 @@ from tests.bench.virtual import Simulated, empty_request, run, sender
 def measured(load: Load, plan: str = "", watch: Any = None, **more: Any) -> Measured:
     parsed = Plan.parse(plan)
     return run(run_load(sender(lambda _: parsed), empty_request, load, "model", watch, **more))
+
+
+def texts(tmp_path: Path, tokens: str) -> Workload:
+    """Prompts of five words, and answers of set lengths."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[images]\ncount = 0\n[text]\ntokens = 5\n[output]\ntokens = {tokens}\nignore_eos = true")
+    return load_workload(str(path))
+
+
+def asked(mine: Workload, load: Load, gap: float, first: float = 0.0) -> Measured:
+    """The load of a workload on a server that writes a token each `gap` seconds."""
+
+    async def request(index: int) -> Request:
+        return mine.request(index, load.share(index))
+
+    def plan(body: dict[str, Any]) -> Plan:
+        return Plan(first=first, gap=gap, chunks=body["max_tokens"])
+
+    return run(run_load(sender(plan), request, load, "model"))
 
 
 def near(value: float) -> Any:
@@ -71,24 +93,34 @@ def test_a_window_that_begins_before_the_first_answers_end_is_said_to_be_unsettl
     short = summarise(measured(Load(2, seconds=9.0, warmup=2.0), plan), 2, judged=True)
     assert "an answer takes 3 s at the median and the warm-up 2 s" in (unsettled(short, 2.0, "closed") or "")
     assert unsettled(short, 4.0, "closed") is None and unsettled(short, 2.0, "poisson") is None
+    set_length = summarise(measured(Load(2, seconds=9.0, warmup=2.0), plan), 2, judged=False)
+    assert unsettled(set_length, 2.0, "closed") is None
 
 
 @pytest.mark.parametrize("warmup", [8.0, 10.0, 11.0, 12.0, 13.0])
-def test_users_whose_answers_are_of_one_length_do_not_end_them_together(warmup: float) -> None:
+def test_users_whose_answers_are_of_one_length_do_not_end_them_together(warmup: float, tmp_path: Path) -> None:
     """Of an answer's 4 s, 2 are its prompt's: in half of that, a window sees all users' tokens or none, or a mean."""
-
-    async def request(index: int) -> Request:
-        return Request(index, {"messages": [], "max_tokens": 20, "ignore_eos": True}, 0, "en", False)
-
-    def plan(body: dict[str, Any]) -> Plan:
-        return Plan(first=2.0, gap=0.1, chunks=body["max_tokens"])
-
-    made = run(run_load(sender(plan), request, Load(32, seconds=2.0, warmup=warmup), "model"))
+    made = asked(texts(tmp_path, "20"), Load(32, seconds=2.0, warmup=warmup), gap=0.1, first=2.0)
     summary = summarise(made, 32, judged=False)
     assert summary["throughput"]["output_tokens_per_second"] == pytest.approx(32 * 20 / 4, rel=0.1)
     assert summary["latency"]["end_to_end"]["max"] == near(3.9)
     assert sum(row.share < 1 for row in made.rows) == 32
     assert all(row.end_to_end is None for row in made.rows if row.share < 1)
+
+
+def test_users_hold_as_many_tokens_after_a_short_warm_up_as_they_would_in_hours(tmp_path: Path) -> None:
+    """The longest answer takes 40 s. In hours, a user is met behind E[n^2] / 2 E[n] tokens of an answer."""
+    mine, load = texts(tmp_path, "{median = 60, p95 = 240, max = 400}"), Load(1200, seconds=10.0, warmup=8.0)
+    made = asked(mine, load, gap=0.1)
+    lengths = [mine.request(index).body["max_tokens"] for index in range(10_000, 20_000)]
+    expected = statistics.mean(n * n for n in lengths) / statistics.mean(lengths) / 2
+    for at in (8.0, 13.0, 17.9):
+        running = [row for row in made.rows if row.sent is not None and row.sent <= at < (row.end or 1e9)]
+        written = sum(int(np.searchsorted(np.frombuffer(row.times), at)) for row in running)
+        words = [mine.request(row.index, load.share(row.index)).body["messages"][0]["content"][-1]["text"].split()
+                 for row in running]  # fmt: skip
+        held = written + sum(len(text) - 5 for text in words)
+        assert held / len(running) == pytest.approx(expected, rel=0.1), at
 
 
 def test_an_answer_that_ends_by_itself_keeps_its_limit_in_the_warm_up() -> None:

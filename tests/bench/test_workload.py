@@ -190,6 +190,29 @@ def test_a_body_has_images_then_text_and_what_the_file_says(tmp_path: Path) -> N
     assert "ignore_eos" not in workload(tmp_path, SMALL + "[output]\nignore_eos = false").request(0).body
 
 
+def test_a_request_met_in_the_middle_has_in_its_prompt_what_was_written(tmp_path: Path) -> None:
+    text = "[images]\ncount = 0\n[text]\ntokens = 5\n[output]\ntokens = {values = [100, 300]}"
+    mine = workload(tmp_path, text)
+    met = [mine.request(index, 0.25) for index in range(400)]
+    for request in met:
+        left, words = request.body["max_tokens"], text_of(request.body).split()
+        assert left in (25, 75) and len(words) - 5 == 3 * left and request.share == 0.25
+    assert (
+        0.70 < statistics.mean(request.body["max_tokens"] == 75 for request in met) < 0.80
+    )  # of three times the length
+    assert mine.request(3) == mine.request(3, 1.0) != mine.request(3, 0.5)
+    open_ended = workload(tmp_path, text + "\nignore_eos = false")
+    assert open_ended.request(3, 0.25) == open_ended.request(3)
+
+
+def test_own_requests_of_set_length_are_cut_to_what_is_left(tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 90, "ignore_eos": True}
+    (tmp_path / "own.jsonl").write_text(json.dumps(body))
+    mine = workload(tmp_path, "[own]\nrequests = 'own.jsonl'")
+    assert mine.request(0, 0.5).body == body | {"max_tokens": 45}
+    assert mine.request(0).body == body
+
+
 def test_own_requests_come_in_turn_and_sampling_fills_what_they_lack(tmp_path: Path) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
     bodies = [{"messages": [image], "model": "x", "stream": True, "top_p": 0.5}]
