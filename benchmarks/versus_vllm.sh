@@ -13,13 +13,13 @@ URL=http://127.0.0.1:$PORT
 load() {  # NAME -> qvq-bench's arguments
     case $1 in
         alone) echo run --workload image-512 --load 1 --seconds 30 --warmup 10 ;;
-        long-answers) echo run --workload image-2k --load 128 --seconds 90 --warmup 140 ;;
+        long-answers) echo run --workload image-2k --load 128 --seconds 90 --warmup 110 ;;
         chat-64) echo run --workload chat-short --seed 64 --load 64 --seconds 30 --warmup 25 ;;
         chat-192) echo run --workload chat-short --seed 192 --load 192 --seconds 40 --warmup 45 ;;
         chat-256) echo run --workload chat-short --seed 256 --load 256 --seconds 40 --warmup 45 ;;
         first-image) echo run --workload first-image --load 32 --seconds 30 --warmup 15 ;;
         same-image) echo run --workload same-image --load 32 --seconds 30 --warmup 15 ;;
-        capacity) echo sweep --workload qvq-long --seconds 90 --warmup 110 --start "${START:-16}" --max-load "${MOST:-512}" \
+        capacity) echo sweep --workload qvq-long --seconds 90 --warmup 150 --start "${START:-16}" --max-load "${MOST:-512}" \
             --repeats 1 --tolerance 0.16 ;;
         *) echo "versus_vllm.sh: no load is called '$1'" >&2; exit 2 ;;
     esac
