@@ -376,8 +376,7 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
         f"encoder with {encoder_tokens(profile, limits)} visual tokens",
         "encoder_cache": f"outputs of {encoder_tokens(profile, limits)} visual tokens",
         "cuda_graphs": graphs,
-        "non_torch": f"libraries and vLLM's buffers for "
-        f"{limits.max_num_seqs} sequences",
+        "non_torch": f"libraries and vLLM's buffers for {limits.max_num_seqs} sequences",
         "kv_cache": f"the rest of {profile.gpu_memory_utilization:g} of the card"
         if not limits.kv_cache_memory_bytes else "--kv-cache-memory-bytes",
     }  # fmt: skip

@@ -38,8 +38,8 @@ class Load:
     """Seconds before anything is measured; the users of a closed loop begin one after another in its first half.
 
     Where the workload sets each length, each user begins in the middle of an answer (`Workload.request`): answers all
-    begun together would end together, the prompts after them come in waves, and the KV cache fill for as long as the
-    longest answer takes.
+    begun together would end together, their next prompts would come in waves, and the KV cache would fill for as long
+    as the longest answer takes.
     """
     drain: bool = True
     """Wait for what still runs at the end; otherwise it is cut off, and counted as `unfinished`."""

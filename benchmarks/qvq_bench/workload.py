@@ -286,7 +286,8 @@ class Workload:
         share = share if self.ignores_eos else 1.0
         if self.own:
             body = self.sampling | self.own[index % len(self.own)]
-            if share < 1 and "max_tokens" in body and "min_tokens" not in body:
+            share = share if "max_tokens" in body and "min_tokens" not in body else 1.0
+            if share < 1:
                 body |= {"max_tokens": max(math.ceil(body["max_tokens"] * share), 1)}
             contents = [message["content"] for message in body["messages"] if isinstance(message.get("content"), list)]
             count = sum(isinstance(part, dict) and "image_url" in part for content in contents for part in content)

@@ -211,6 +211,9 @@ def test_own_requests_of_set_length_are_cut_to_what_is_left(tmp_path: Path) -> N
     mine = workload(tmp_path, "[own]\nrequests = 'own.jsonl'")
     assert mine.request(0, 0.5).body == body | {"max_tokens": 45}
     assert mine.request(0).body == body
+    (tmp_path / "own.jsonl").write_text(json.dumps(body | {"min_tokens": 80}))
+    least = workload(tmp_path, "[own]\nrequests = 'own.jsonl'").request(0, 0.5)
+    assert (least.body["max_tokens"], least.share) == (90, 1.0)
 
 
 def test_own_requests_come_in_turn_and_sampling_fills_what_they_lack(tmp_path: Path) -> None:
