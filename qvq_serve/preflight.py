@@ -191,7 +191,7 @@ def check_flashinfer() -> None:
     nvcc = f"{toolkit}/bin/nvcc" if toolkit else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if missing := [tool for tool in (nvcc, "ninja") if not shutil.which(tool)]:
         raise StartError(
-            f"--attention-backend FLASHINFER needs compiled kernels, or nvcc and ninja to make them, and there is "
+            "--attention-backend FLASHINFER needs compiled kernels, or nvcc and ninja to make them, and there is "
             f"no {' and no '.join(missing)}; `vllm download-kernels` brings the kernels, or choose FLASH_ATTN."
         )
 

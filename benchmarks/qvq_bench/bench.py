@@ -156,7 +156,7 @@ class Bench:
             plan.drain,
             self.next_index,
         )
-        first = min(int(level) + 8 if due is None else 64, plan.requests or sys.maxsize)
+        first = min(load.users + 8 if due is None else 64, plan.requests or sys.maxsize)
         await self.prepared.begin(load, first)
         with Bar(load, what, self.show) as told:
             made = await run_load(

@@ -297,17 +297,18 @@ class Workload:
         rng = self._random("request", index)
         language = rng.choices(list(self.text["languages"]), list(self.text["languages"].values()))[0]
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        content.append({"type": "text", "text": self._text(rng, language, bool(urls))})
+        text, lengths = self._text(rng, language, bool(urls)), self.output["tokens"]
+        tokens = lengths.draw_running(rng) if share < 1 else lengths.draw(rng)
+        left = math.ceil(tokens * share)
+        if left < tokens:
+            text += "\n\n" + filler(rng, language, tokens - left)
+        content.append({"type": "text", "text": text})
         body = {
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.output["tokens"].draw(rng),
+            "max_tokens": left,
             **({"ignore_eos": True} if self.output["ignore_eos"] else {}),
             **self.sampling,
         }
-        if share < 1:
-            tokens = self.output["tokens"].draw_running(rng)
-            body["max_tokens"] = left = max(math.ceil(tokens * share), 1)
-            content[-1]["text"] += "\n\n" + filler(rng, language, tokens - left)
         return Request(index, body, len(urls), language, bool(urls) and (again or source != index), share)
 
     def _random(self, purpose: str, index: int = 0) -> random.Random:
