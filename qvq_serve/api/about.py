@@ -50,12 +50,12 @@ def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]
 
 
 def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) -> dict[str, str]:
-    """The launch in words. Keys are left out, and of a path everything but its last part."""
+    """The launch in words. Keys are left out, and of a file's path everything but its last part."""
     from vllm import __version__ as vllm_version
 
-    default = Profile()
+    default, routes = Profile(), profile.open_routes
     chosen = {
-        name: last_part(value)
+        name: value if value == routes else last_part(value)
         for name, value in asdict(profile).items()
         if name not in SECRET and value != getattr(default, name)
     }
@@ -66,7 +66,7 @@ def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) ->
         "gpus": str(len(gpus)),
         "weights": weight_kind(profile, geometry),
         "profile": json.dumps(chosen),
-        "argv": shlex.join(["qvq-serve", *(last_part(argument) for argument in sys.argv[1:])]),
+        "argv": shlex.join(["qvq-serve", *(a if a == routes else last_part(a) for a in sys.argv[1:])]),
     }
 
 

@@ -40,3 +40,10 @@ def test_the_launch_is_told_without_keys_and_without_directories(monkeypatch: py
     assert labels["argv"] == "qvq-serve --model qvq-72b --tp 2"
     assert json.loads(labels["profile"]) == {"tp": 2, "log_format": "json"}
     assert (labels["card"], labels["gpus"], labels["weights"]) == ("NVIDIA H200", "2", "bf16")
+
+
+def test_open_routes_are_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qvq-serve", "--open-routes", "/tokenize,/v1/completions"])
+    labels = launch_labels(Profile(open_routes="/tokenize,/v1/completions"), QVQ, [])
+    assert labels["argv"] == "qvq-serve --open-routes /tokenize,/v1/completions"
+    assert json.loads(labels["profile"]) == {"open_routes": "/tokenize,/v1/completions"}
