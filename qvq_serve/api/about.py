@@ -53,9 +53,9 @@ def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) ->
     """The launch in words. Keys are left out, and of a file's path everything but its last part."""
     from vllm import __version__ as vllm_version
 
-    default, routes = Profile(), profile.open_routes
+    default = Profile()
     chosen = {
-        name: value if value == routes else last_part(value)
+        name: last_part(value, profile.open_routes)
         for name, value in asdict(profile).items()
         if name not in SECRET and value != getattr(default, name)
     }
@@ -66,13 +66,13 @@ def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) ->
         "gpus": str(len(gpus)),
         "weights": weight_kind(profile, geometry),
         "profile": json.dumps(chosen),
-        "argv": shlex.join(["qvq-serve", *(a if a == routes else last_part(a) for a in sys.argv[1:])]),
+        "argv": shlex.join(["qvq-serve", *(last_part(argument, profile.open_routes) for argument in sys.argv[1:])]),
     }
 
 
-def last_part(value: Any) -> Any:
-    """A path's last part; anything else as it is."""
-    if isinstance(value, str) and value.startswith(("/", "~/")):
+def last_part(value: Any, routes: str | None) -> Any:
+    """A file's path's last part; anything else, routes too, as it is."""
+    if isinstance(value, str) and value != routes and value.startswith(("/", "~/")):
         return value.rstrip("/").rsplit("/", 1)[-1]
     return value
 
