@@ -53,6 +53,12 @@ repair_cpu() {
     "$VENV/bin/python" -c 'import torchvision.transforms.v2' || fail "torchvision cannot be imported beside this torch."
 }
 
+# For the profiles with --attention-backend FLASHINFER, which qvq-serve refuses without them or a compiler.
+fetch_kernels() {
+    "$VENV/bin/vllm" download-kernels >&2 || echo "$(basename "$0"): FlashInfer's kernels could not be fetched" \
+        "(vllm download-kernels); qvq-serve says where it needs them." >&2
+}
+
 make_environment() {  # EXTRA…
     local extra extras wanted done_file
     extra=$(find_extra) || exit
@@ -68,7 +74,7 @@ make_environment() {  # EXTRA…
         echo "$(basename "$0"): making $VENV for $extras; this takes some minutes, once" >&2
         [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
         install "$extras"
-        [ "$extra" = gpu ] || repair_cpu
+        if [ "$extra" = gpu ]; then fetch_kernels; else repair_cpu; fi
         echo "$wanted" > "$done_file"
     fi
     exec 9>&-

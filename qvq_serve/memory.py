@@ -49,6 +49,8 @@ tensor parallelism divides: 2.22, 1.51 and 1.16 GiB at TP 1, 2 and 4."""
 # Total memory in GiB as CUDA reports it. H100 and H200 were read here; the rest is what their users report, within 0.3.
 CARDS = {"h100": 79.18, "h200": 139.80, "h100-nvl": 93.1, "a100-80gb": 79.2, "a100-40gb": 39.4, "l40s": 44.4,
          "rtx-6000-ada": 47.4, "l4": 22.0, "b200": 178.4}  # fmt: skip
+FLASHINFER_WORKSPACE = 394 * MIB
+"""vLLM's own, the default of VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE; allocated in the trial capture of CUDA graphs."""
 USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
 
 
@@ -65,6 +67,12 @@ class EngineLimits:
     kv_cache_memory_bytes: int | None
     capture_sizes: tuple[int, ...]
     """Tokens of the batches that have CUDA graphs, ascending; none with --enforce-eager."""
+    flashinfer: bool
+
+
+def uses_flashinfer(profile: Profile) -> bool:
+    """Whether the flags choose FlashInfer; by itself vLLM takes FlashAttention 3 on a Hopper card."""
+    return given_flags(profile.vllm).get("--attention-backend", "").upper() == "FLASHINFER"
 
 
 def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
@@ -100,6 +108,7 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
         capture_sizes=() if eager else tuple(size for size in sizes if size <= tokens),
+        flashinfer=uses_flashinfer(profile),
     )
 
 
@@ -317,7 +326,7 @@ def plan(
         "vision_encoder": vision_weights(geometry, kind, tp, limits.encoder_data_parallel),
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
-        "cuda_graphs": cuda_graphs(geometry, kind, profile, limits),
+        "cuda_graphs": cuda_graphs(geometry, kind, profile, limits) + limits.flashinfer * FLASHINFER_WORKSPACE,
         "non_torch": NON_TORCH + buffers(geometry, limits),
     }
     fixed = sum(uses.values())
@@ -369,6 +378,8 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
     graphs = "off" if not limits.capture_sizes else (
         f"{len(limits.capture_sizes)} sizes up to {limits.capture_sizes[-1]}, as vLLM reserves them"
     )  # fmt: skip
+    if limits.flashinfer:
+        graphs += ", and FlashInfer's workspace"
     return {
         "weights": f"{kind}{split}{stage}; embeddings and head in BF16",
         "vision_encoder": "replicated" if limits.encoder_data_parallel or profile.tp == 1 else f"sharded{split}",

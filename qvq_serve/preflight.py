@@ -12,7 +12,7 @@ from pathlib import Path
 from qvq_serve.advice import suggestions
 from qvq_serve.errors import QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
-from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan
+from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan, uses_flashinfer
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
 from qvq_serve.profile import Profile, Resolved, given_flags, nodes
 
@@ -185,7 +185,7 @@ def check_driver(version: str) -> None:
 
 def check_flashinfer() -> None:
     """FlashInfer's kernels, compiled, or what compiles them: ninja, and an nvcc where vLLM looks. Raises StartError."""
-    if importlib.util.find_spec("flashinfer_jit_cache"):
+    if all(map(importlib.util.find_spec, ("flashinfer_jit_cache", "flashinfer_cubin"))):
         return
     toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = f"{toolkit}/bin/nvcc" if toolkit else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -231,7 +231,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
         yield lambda: check_shared_memory(workers, shutil.disk_usage("/dev/shm").free)
     if gpus:
         yield lambda: check_driver(driver_version())
-        if given_flags(profile.vllm).get("--attention-backend", "").upper() == "FLASHINFER":
+        if uses_flashinfer(profile):
             yield check_flashinfer
         for gpu in gpus[:workers]:
             yield lambda gpu=gpu: check_others(gpu, processes_on(gpu), profile.gpu_memory_utilization)  # type: ignore[misc]

@@ -37,6 +37,8 @@ STARTS = [
 ]
 PARALLEL = json.loads((RESULTS / "starts_2026-11-28.json").read_text())
 """Starts at TP 2 and 4, which the share of CUDA graphs that TP divides was fitted to."""
+SMALL_STEPS = json.loads((RESULTS / "starts_2026-11-29.json").read_text())
+"""Starts with 256 tokens a step, by FlashInfer, and by FlashAttention 3 with whole graphs."""
 QVQ = ModelGeometry.load("qvq-72b")
 H100, H200 = card_memory("h100")[1], card_memory("h200")[1]
 
@@ -52,7 +54,7 @@ def test_each_measured_run_is_planned_within_the_limits(run: dict[str, object]) 
     assert found.broken == [], found
 
 
-@pytest.mark.parametrize("start", [*STARTS, *PARALLEL], ids=lambda start: start["name"])
+@pytest.mark.parametrize("start", [*STARTS, *PARALLEL, *SMALL_STEPS], ids=lambda start: start["name"])
 def test_each_start_of_the_server_on_a_gpu_is_planned_within_the_limits(start: dict[str, Any], capsys: Any) -> None:
     """On one card, these settings were chosen after the formulas, and nothing was changed since."""
     arguments = start["command"].replace("/tmp/models/", "").replace("DIR/", "").split()[1:]
@@ -142,6 +144,12 @@ def test_the_batches_that_have_graphs_can_be_named() -> None:
     assert beyond.uses["cuda_graphs"] == 0
     with pytest.raises(UsageError, match="--cudagraph-capture-sizes 8 many: they are whole numbers from 1 up"):
         planned(Profile(vllm=("--cudagraph-capture-sizes", "8", "many")))
+
+
+def test_flashinfers_workspace_is_counted() -> None:
+    base, other = planned(Profile()), planned(Profile(vllm=("--attention-backend=flashinfer",)))
+    assert other.uses["cuda_graphs"] == base.uses["cuda_graphs"] + 394 * 2**20
+    assert other.notes["cuda_graphs"].endswith("FlashInfer's workspace")
 
 
 def test_the_uses_add_up_to_what_is_requested() -> None:

@@ -1,5 +1,6 @@
 """Reasons not to start, each with the value seen and what would do."""
 
+import importlib
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -149,9 +150,13 @@ def test_flashinfer_without_its_kernels_and_without_a_compiler_is_refused(
 def test_flashinfers_compiled_kernels_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", "/none")
-    (tmp_path / "flashinfer_jit_cache").mkdir()
-    (tmp_path / "flashinfer_jit_cache/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    for package in ("flashinfer_jit_cache", "flashinfer_cubin"):  # vLLM takes the one alone for none
+        with pytest.raises(StartError, match="needs compiled kernels"):
+            check_flashinfer()
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+        importlib.invalidate_caches()
     check_flashinfer()
 
 
