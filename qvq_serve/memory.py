@@ -67,7 +67,6 @@ class EngineLimits:
     kv_cache_memory_bytes: int | None
     capture_sizes: tuple[int, ...]
     """Tokens of the batches that have CUDA graphs, ascending; none with --enforce-eager."""
-    flashinfer: bool
 
 
 def uses_flashinfer(profile: Profile) -> bool:
@@ -108,7 +107,6 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
         capture_sizes=() if eager else tuple(size for size in sizes if size <= tokens),
-        flashinfer=uses_flashinfer(profile),
     )
 
 
@@ -326,7 +324,7 @@ def plan(
         "vision_encoder": vision_weights(geometry, kind, tp, limits.encoder_data_parallel),
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
-        "cuda_graphs": cuda_graphs(geometry, kind, profile, limits) + limits.flashinfer * FLASHINFER_WORKSPACE,
+        "cuda_graphs": cuda_graphs(geometry, kind, profile, limits) + uses_flashinfer(profile) * FLASHINFER_WORKSPACE,
         "non_torch": NON_TORCH + buffers(geometry, limits),
     }
     fixed = sum(uses.values())
@@ -378,7 +376,7 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
     graphs = "off" if not limits.capture_sizes else (
         f"{len(limits.capture_sizes)} sizes up to {limits.capture_sizes[-1]}, as vLLM reserves them"
     )  # fmt: skip
-    if limits.flashinfer:
+    if uses_flashinfer(profile):
         graphs += ", and FlashInfer's workspace"
     return {
         "weights": f"{kind}{split}{stage}; embeddings and head in BF16",
