@@ -1,4 +1,5 @@
-"""Whether the stack keeps an image intact: the trained demo's answers through the server, against transformers'.
+"""Whether the stack keeps an image intact: the trained demo's answers through the server, against transformers'; and
+whether two workers are as one.
 
 60 cases that were never in training, half of them with fonts and layouts that no training saw. With the same images
 hardly an answer may be another one (OTHER). With other sizes, or two workers, answers change now and then, and how many
@@ -16,6 +17,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -26,10 +28,9 @@ from qvq_serve.demo.batch import messages
 from qvq_serve.demo.cases import KINDS, Case, case
 from qvq_serve.demo.score import accuracy, replies
 from qvq_serve.hooks.answer import boxed_answer
-from tests.engine.conftest import Server, data_url, serving
+from tests.engine.conftest import MOST_TOKENS, Server, data_url, greedy_tokens, serving, user
 
 NOISE, KIND_NOISE, OTHER, CHANCE = 0.1, 0.3, 0.05, 0.12
-TOKENS = 320
 CASES = [case(20_000 + i, KINDS[i % len(KINDS)], held_out=i // len(KINDS) % 2 == 1) for i in range(60)]
 
 Url = Callable[[Image.Image], str]
@@ -57,7 +58,7 @@ def served(server: Server, cases: Sequence[Case], url: Url = data_url, **body: A
     """What the server writes to each case."""
 
     def one(given: Case) -> str:
-        request = {"messages": asked(given, url(given.image)), "temperature": 0, "max_tokens": TOKENS} | body
+        request = {"messages": asked(given, url(given.image)), "temperature": 0, "max_tokens": MOST_TOKENS} | body
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=request, headers=server.headers, timeout=300)
         assert answer.status_code == 200, answer.text
         return text_of(answer, bool(body.get("stream")))
@@ -85,16 +86,10 @@ def spoiled(texts: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def seeing(cache: Path) -> Iterator[Server]:
-    with serving(cache, "--demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def reference() -> list[str]:
     """What transformers' own model writes."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(DIRECTORY, dtype=torch.float32)
-    return replies(model, CASES, TOKENS)
+    return replies(model, CASES, MOST_TOKENS)
 
 
 def test_the_demo_sees(reference: list[str]) -> None:
@@ -102,24 +97,19 @@ def test_the_demo_sees(reference: list[str]) -> None:
     assert found["all"] >= 0.9, found
 
 
-def test_the_server_answers_as_transformers_does(seeing: Server, reference: list[str]) -> None:
-    texts = served(seeing, CASES)
+def test_the_server_answers_as_transformers_does(server: Server, reference: list[str]) -> None:
+    texts = served(server, CASES)
     assert spoiled(texts, reference) == {}
-    assert spoiled(served(seeing, CASES, stream=True), texts) == {}
+    assert spoiled(served(server, CASES, stream=True), texts) == {}
 
 
 @pytest.mark.parametrize("bounds", [(256, 320), (1_024, 1_280)], ids=["few", "many"])
 def test_accuracy_holds_with_few_and_with_many_visual_tokens(
-    seeing: Server, reference: list[str], bounds: tuple[int, int]
+    server: Server, reference: list[str], bounds: tuple[int, int]
 ) -> None:
     least, most = bounds
-    texts = served(seeing, CASES, min_visual_tokens=least, max_visual_tokens=most)
+    texts = served(server, CASES, min_visual_tokens=least, max_visual_tokens=most)
     assert lost(texts, reference) == {}
-
-
-def test_two_workers_see_as_one_does(cache: Path, reference: list[str]) -> None:
-    with serving(cache, "--demo", "--tp", "2") as two:
-        assert lost(served(two, CASES), reference) == {}
 
 
 def turned(image: Image.Image) -> str:
@@ -130,8 +120,8 @@ def turned(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_an_image_that_lies_on_its_side_is_set_upright(seeing: Server, reference: list[str]) -> None:
-    assert spoiled(served(seeing, CASES[:36], turned), reference) == {}
+def test_an_image_that_lies_on_its_side_is_set_upright(server: Server, reference: list[str]) -> None:
+    assert spoiled(served(server, CASES[:36], turned), reference) == {}
 
 
 BREAKAGES: dict[str, Change] = {
@@ -143,18 +133,39 @@ BREAKAGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_stack_that_spoils_images_is_found_out(seeing: Server, reference: list[str], breakage: str) -> None:
-    texts = served(seeing, CASES[:36], lambda image: data_url(BREAKAGES[breakage](image)))
+def test_a_stack_that_spoils_images_is_found_out(server: Server, reference: list[str], breakage: str) -> None:
+    texts = served(server, CASES[:36], lambda image: data_url(BREAKAGES[breakage](image)))
     found = spoiled(texts, reference)
     print(breakage, found)
     assert found
 
 
 @pytest.mark.parametrize("shown", ["nothing", "another case's image"])
-def test_without_its_image_the_demo_is_at_chance(seeing: Server, shown: str) -> None:
+def test_without_its_image_the_demo_is_at_chance(server: Server, shown: str) -> None:
     """Nine of ten answers are wrong: small counts are guessed now and then."""
     asked = CASES[:36]
     others = [CASES[(i + 2 * len(KINDS)) % 36] for i in range(36)]  # of the same kind, with fonts as new as its own
     images = [np.full_like(one.pixels, 255) if shown == "nothing" else one.pixels for one in others]
-    texts = served(seeing, [replace(one, pixels=pixels) for one, pixels in zip(asked, images, strict=True)])
+    texts = served(server, [replace(one, pixels=pixels) for one, pixels in zip(asked, images, strict=True)])
     assert accuracy(asked, texts)["all"] <= CHANCE
+
+
+@pytest.fixture(scope="module")
+def two_workers(cache: Path) -> Iterator[Server]:
+    with serving(cache, "--demo", "--tp", "2", "--governor", "on") as running:
+        yield running
+
+
+def test_two_workers_see_as_one_does(two_workers: Server, reference: list[str]) -> None:
+    assert lost(served(two_workers, CASES), reference) == {}
+
+
+def test_two_workers_write_the_greedy_tokens_of_one_under_a_governor(server: Server, two_workers: Server) -> None:
+    below = psutil.Process(two_workers.process.pid).children(recursive=True)
+    assert sum("VLLM::Worker" in " ".join(process.cmdline()) for process in below) == 2
+    alone = [greedy_tokens(server, seed) for seed in (1, 2, 3)]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    assert min(len(set(tokens)) for tokens in alone) > 12
+    assert [greedy_tokens(two_workers, seed) for seed in (1, 2, 3)] == alone
+    looped = two_workers.chat(user("How much?"), max_tokens=400, logit_bias={"66": 100}).json()["qvq"]
+    assert looped["ended"] == "looped" and looped["governor"] == {"found": "loop", "period": 1}

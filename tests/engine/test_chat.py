@@ -15,7 +15,7 @@ import pytest
 
 from qvq_serve.demo.cases import case
 from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
-from tests.engine.conftest import KEY, Server, data_url, photo, user
+from tests.engine.conftest import KEY, MOST_TOKENS, Server, data_url, photo, user
 
 
 def test_an_image_is_answered_streamed_and_not_with_the_same_text(server: Server) -> None:
@@ -65,9 +65,9 @@ def test_sampling_and_the_length_of_an_answer_are_the_servers_where_a_request_do
         request |= body
         return httpx.post(f"{server.url}/v1/chat/completions", json=request, headers=server.headers, timeout=120).json()
 
-    assert answer()["usage"]["completion_tokens"] == 200
+    assert answer()["usage"]["completion_tokens"] == MOST_TOKENS
     assert answer(max_tokens=10)["usage"]["completion_tokens"] == 10
-    assert answer(max_tokens=2000)["usage"]["completion_tokens"] == 200
+    assert answer(max_tokens=2000)["usage"]["completion_tokens"] == MOST_TOKENS
     texts = {answer(seed=seed, max_tokens=40)["choices"][0]["message"]["content"] for seed in range(4)}
     assert len(texts) > 1  # sampled, not greedy
     assert len({answer(seed=1, max_tokens=40)["choices"][0]["message"]["content"] for _ in range(2)}) == 1

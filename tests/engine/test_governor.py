@@ -82,7 +82,7 @@ def test_off_observed_and_on_are_the_same_to_the_bit_for_who_triggers_nothing(
 
 async def measured(target: Target, names: list[str]) -> dict[str, Any]:
     """The effect of each variant on 30 prompts."""
-    return [found async for found in measure(target, names, limit=30, users=16, max_tokens=1_200)][-1]
+    return [found async for found in measure(target, names, limit=30, users=30, max_tokens=1_200)][-1]
 
 
 def test_a_model_that_loops_is_made_to_give_its_right_answer(cache: Path) -> None:

@@ -19,9 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.engine.conftest import KEY, START_TIMEOUT_S, Server, up
+from tests.engine.conftest import KEY, START_TIMEOUT_S, Server, greedy_tokens, up
 from tests.engine.test_faults import started
-from tests.engine.test_tensor_parallel import greedy_tokens
 from tests.network import Network, two_machines
 
 SUPERVISOR = ["bash", "-c", r'while :; do "$@"; printf "\nexit %d\n" $?; sleep 1; done', "supervisor"]
