@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -29,6 +28,7 @@ from qvq_serve.demo.cases import KINDS, Case, case
 from qvq_serve.demo.score import accuracy, replies
 from qvq_serve.hooks.answer import boxed_answer
 from tests.engine.conftest import MOST_TOKENS, Server, data_url, greedy_tokens, serving, user
+from tests.engine.test_faults import named
 
 NOISE, KIND_NOISE, OTHER, CHANCE = 0.1, 0.3, 0.05, 0.12
 CASES = [case(20_000 + i, KINDS[i % len(KINDS)], held_out=i // len(KINDS) % 2 == 1) for i in range(60)]
@@ -161,8 +161,7 @@ def test_two_workers_see_as_one_does(two_workers: Server, reference: list[str]) 
 
 
 def test_two_workers_write_the_greedy_tokens_of_one_under_a_governor(server: Server, two_workers: Server) -> None:
-    below = psutil.Process(two_workers.process.pid).children(recursive=True)
-    assert sum("VLLM::Worker" in " ".join(process.cmdline()) for process in below) == 2
+    assert len(named(two_workers, "VLLM::Worker")) == 2
     alone = [greedy_tokens(server, seed) for seed in (1, 2, 3)]
     assert len({tuple(tokens) for tokens in alone}) == 3
     assert min(len(set(tokens)) for tokens in alone) > 12
