@@ -26,7 +26,14 @@ SMALLER = {
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """The config.json of qvq-72b, qvq-72b-awq, qvq-72b-gptq, qwen2-vl-7b or qwen2-vl-2b."""
+    """The config.json of qvq-72b, qvq-72b-awq, qvq-72b-gptq, qvq-72b-w4a8, qwen2-vl-7b or qwen2-vl-2b."""
+    if name == "qvq-72b-w4a8":  # as llm-compressor writes its scheme W4AFP8
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+        activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        return read_config(config_path("qvq-72b")) | {"quantization_config": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*visual.*"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        }}  # fmt: skip
     if name == "qvq-72b-gptq":
         config = read_config(config_path("qvq-72b-awq"))
         config["quantization_config"] = {

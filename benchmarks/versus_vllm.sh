@@ -14,6 +14,7 @@ load() {  # NAME -> qvq-bench's arguments
     case $1 in
         alone) echo run --workload image-512 --load 1 --seconds 30 --warmup 10 ;;
         long-answers) echo run --workload image-2k --load 128 --seconds 90 --warmup 150 ;;
+        long-answers-64) echo run --workload image-2k --load 64 --seconds 60 --warmup 120 ;;
         chat-64) echo run --workload chat-short --seed 64 --load 64 --seconds 30 --warmup 25 ;;
         chat-192) echo run --workload chat-short --seed 192 --load 192 --seconds 40 --warmup 45 ;;
         chat-256) echo run --workload chat-short --seed 256 --load 256 --seconds 40 --warmup 45 ;;

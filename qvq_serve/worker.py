@@ -41,7 +41,9 @@ def gpu_figures(worker: Any) -> dict[str, int]:
              "reserved_peak": torch.cuda.max_memory_reserved(),
              "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.current", 0),
              "resident": resident()}  # fmt: skip
-    if hasattr(worker, "total_consumed"):  # not with --kv-cache-memory-bytes, which skips the profiling
+    if given := worker.cache_config.kv_cache_memory_bytes:  # which skips the profiling
+        found["kv_cache"] = int(given)
+    elif hasattr(worker, "total_consumed"):
         graphs = int(worker.cudagraph_memory_estimate)
         found |= {
             "activation_peak": int(worker.peak_activation_memory) - graphs,

@@ -1,0 +1,103 @@
+"""Milliseconds of a layer's four GEMMs by batch with four-bit weights, by vLLM's kernels and checkpoints.
+
+    python -m benchmarks.gemm_int4 RESULT.json [BATCH...]
+
+`machete` and `marlin` read an AWQ checkpoint (zero points, BF16 activations), `marlin_a8` one of GPTQ with activations
+in INT8 (`VLLM_MARLIN_INPUT_DTYPE=int8`), `cutlass_a8` one of compressed-tensors with activations in FP8. Each is vLLM's
+own class, with what it does to the activations. Shapes, turns and graphs as in `benchmarks.gemm`; the MLP has 29,696
+columns, as padded checkpoints.
+"""
+
+import os
+import sys
+from itertools import cycle
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.kernels.linear.mixed_precision import (
+    CutlassW4A8LinearKernel,
+    MacheteLinearKernel,
+    MarlinLinearKernel,
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.scalar_type import scalar_types
+
+from benchmarks.gemm import BATCHES, LAYERS, milliseconds, save
+
+SHAPES = {"qkv": (10_240, 8_192), "o": (8_192, 8_192), "gate_up": (59_392, 8_192), "down": (8_192, 29_696)}
+KERNELS: dict[str, tuple[type[MPLinearKernel], Any, torch.dtype, bool]] = {
+    "machete": (MacheteLinearKernel, scalar_types.uint4, torch.bfloat16, True),
+    "marlin": (MarlinLinearKernel, scalar_types.uint4, torch.bfloat16, True),
+    "cutlass_a8": (CutlassW4A8LinearKernel, scalar_types.int4, torch.float8_e4m3fn, False),
+    "marlin_a8": (MarlinLinearKernel, scalar_types.uint4b8, torch.int8, False),
+}
+"""Name -> vLLM's class, the weights' type, the activations', whether groups have zero points."""
+GROUP = 128
+
+
+def layer(name: str, out: int, width: int) -> tuple[MPLinearKernel, torch.nn.Module]:
+    """A kernel and its layer of random weights, ready as after loading."""
+    kind, weights, activations, zero_points = KERNELS[name]
+    config = MPLinearLayerConfig(
+        full_weight_shape=(width, out), partition_weight_shape=(width, out), weight_type=weights, act_type=activations,
+        group_size=GROUP, zero_points=zero_points, out_type=torch.bfloat16,
+    )  # fmt: skip
+    able, why = kind.can_implement(config)
+    if not able:
+        raise ValueError(f"{name} at {width} x {out}: {why}")
+
+    def packed(*shape: int, input_dim: int) -> PackedvLLMParameter:
+        data = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+        return PackedvLLMParameter(
+            data=data, input_dim=input_dim, output_dim=1 - input_dim, packed_dim=0, packed_factor=8,
+            weight_loader=lambda *_: None,
+        )  # fmt: skip
+
+    made = torch.nn.Module()
+    made.register_parameter("qweight", packed(width // 8, out, input_dim=0))
+    scales = torch.rand(width // GROUP, out, dtype=torch.bfloat16, device="cuda") / 64
+    made.register_parameter(
+        "scales", GroupQuantScaleParameter(data=scales, input_dim=0, output_dim=1, weight_loader=lambda *_: None)
+    )
+    if zero_points:
+        made.register_parameter("qzeros", packed(out // 8, width // GROUP, input_dim=1))
+    kernel = kind(config, "qweight", "scales", "qzeros" if zero_points else None)
+    kernel.process_weights_after_loading(made)
+    return kernel, made
+
+
+def one(turns: list[tuple[MPLinearKernel, torch.nn.Module]], batch: int, width: int) -> float:
+    """Milliseconds of one GEMM; `turns` are its layer several times."""
+    x = torch.randn(batch, width, dtype=torch.bfloat16, device="cuda")
+    layers = cycle(turns)
+
+    def call() -> torch.Tensor:
+        kernel, made = next(layers)
+        return kernel.apply_weights(made, x)
+
+    return milliseconds(call)
+
+
+def main() -> None:
+    batches = [int(word) for word in sys.argv[2:]] or BATCHES
+    rows: dict[int, dict[str, Any]] = {batch: {"batch": batch} for batch in batches}
+    for name in KERNELS:
+        for gemm, (out, width) in SHAPES.items():
+            turns = [layer(name, out, width) for _ in range(3)]
+            for batch, row in rows.items():
+                took = one(turns, batch, width)
+                row[f"{gemm}_{name}_ms"] = round(took, 4)
+                row[f"model_{name}_ms"] = round(row.get(f"model_{name}_ms", 0) + LAYERS * took, 3)
+        print(name, {batch: row[f"model_{name}_ms"] for batch, row in rows.items()}, flush=True)
+        save("gemm_int4", list(rows.values()))
+
+
+if __name__ == "__main__":
+    with set_current_vllm_config(VllmConfig()), torch.inference_mode():
+        init_distributed_environment(1, 0, f"file:///tmp/gemm-{os.getpid()}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        main()
