@@ -7,6 +7,7 @@ Limits: weights and KV tokens 3 %, everything but the KV cache 2 %, no use off b
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from benchmarks.geometry import config_of
 from qvq_serve.gpu import GIB
-from qvq_serve.memory import FITTED, MemoryPlan, plan
+from qvq_serve.memory import ALLOCATOR_VARIABLES, FITTED, MemoryPlan, plan
 from qvq_serve.model import ModelGeometry
 from qvq_serve.profile import Profile
 
@@ -110,6 +111,7 @@ def table(comparisons: list[Comparison]) -> str:
 
 def main() -> int:
     """Compare all rows of the given results."""
+    os.environ.setdefault(ALLOCATOR_VARIABLES[0], "expandable_segments:False")  # as benchmarks.measure_memory runs
     rows = [row for path in sys.argv[1:] for row in json.loads(Path(path).read_text()) if "measured" in row]
     comparisons = [compare(row) for row in rows]
     print(table(comparisons))

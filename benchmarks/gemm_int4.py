@@ -1,11 +1,9 @@
-"""Milliseconds of a layer's four GEMMs by batch with four-bit weights, by vLLM's kernels and checkpoints.
+"""Milliseconds of a layer's four GEMMs by batch with AWQ's four-bit weights: vLLM's two kernels for them.
 
     python -m benchmarks.gemm_int4 RESULT.json [BATCH...]
 
-`machete` and `marlin` read an AWQ checkpoint (zero points, BF16 activations), `marlin_a8` one of GPTQ with activations
-in INT8 (`VLLM_MARLIN_INPUT_DTYPE=int8`), `cutlass_a8` one of compressed-tensors with activations in FP8. Each is vLLM's
-own class, with what it does to the activations. Shapes, turns and graphs as in `benchmarks.gemm`; the MLP has 29,696
-columns, as padded checkpoints.
+Each is vLLM's own class. Shapes, turns and graphs as in `benchmarks.gemm`; the MLP has 29,696 columns, as padded
+checkpoints.
 """
 
 import os
@@ -17,7 +15,6 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.kernels.linear.mixed_precision import (
-    CutlassW4A8LinearKernel,
     MacheteLinearKernel,
     MarlinLinearKernel,
     MPLinearKernel,
@@ -29,43 +26,32 @@ from vllm.scalar_type import scalar_types
 from benchmarks.gemm import BATCHES, LAYERS, milliseconds, save
 
 SHAPES = {"qkv": (10_240, 8_192), "o": (8_192, 8_192), "gate_up": (59_392, 8_192), "down": (8_192, 29_696)}
-KERNELS: dict[str, tuple[type[MPLinearKernel], Any, torch.dtype, bool]] = {
-    "machete": (MacheteLinearKernel, scalar_types.uint4, torch.bfloat16, True),
-    "marlin": (MarlinLinearKernel, scalar_types.uint4, torch.bfloat16, True),
-    "cutlass_a8": (CutlassW4A8LinearKernel, scalar_types.int4, torch.float8_e4m3fn, False),
-    "marlin_a8": (MarlinLinearKernel, scalar_types.uint4b8, torch.int8, False),
-}
-"""Name -> vLLM's class, the weights' type, the activations', whether groups have zero points."""
-GROUP = 128
+KERNELS: dict[str, type[MPLinearKernel]] = {"machete": MacheteLinearKernel, "marlin": MarlinLinearKernel}
+GROUP, PACKED = 128, 8
 
 
-def layer(name: str, out: int, width: int) -> tuple[MPLinearKernel, torch.nn.Module]:
+def layer(kind: type[MPLinearKernel], out: int, width: int) -> tuple[MPLinearKernel, torch.nn.Module]:
     """A kernel and its layer of random weights, ready as after loading."""
-    kind, weights, activations, zero_points = KERNELS[name]
     config = MPLinearLayerConfig(
-        full_weight_shape=(width, out), partition_weight_shape=(width, out), weight_type=weights, act_type=activations,
-        group_size=GROUP, zero_points=zero_points, out_type=torch.bfloat16,
+        full_weight_shape=(width, out), partition_weight_shape=(width, out), weight_type=scalar_types.uint4,
+        act_type=torch.bfloat16, group_size=GROUP, zero_points=True,
     )  # fmt: skip
-    able, why = kind.can_implement(config)
-    if not able:
-        raise ValueError(f"{name} at {width} x {out}: {why}")
 
     def packed(*shape: int, input_dim: int) -> PackedvLLMParameter:
         data = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
         return PackedvLLMParameter(
-            data=data, input_dim=input_dim, output_dim=1 - input_dim, packed_dim=0, packed_factor=8,
+            data=data, input_dim=input_dim, output_dim=1 - input_dim, packed_dim=0, packed_factor=PACKED,
             weight_loader=lambda *_: None,
         )  # fmt: skip
 
     made = torch.nn.Module()
-    made.register_parameter("qweight", packed(width // 8, out, input_dim=0))
+    made.register_parameter("qweight", packed(width // PACKED, out, input_dim=0))
+    made.register_parameter("qzeros", packed(out // PACKED, width // GROUP, input_dim=1))
     scales = torch.rand(width // GROUP, out, dtype=torch.bfloat16, device="cuda") / 64
     made.register_parameter(
         "scales", GroupQuantScaleParameter(data=scales, input_dim=0, output_dim=1, weight_loader=lambda *_: None)
     )
-    if zero_points:
-        made.register_parameter("qzeros", packed(out // 8, width // GROUP, input_dim=1))
-    kernel = kind(config, "qweight", "scales", "qzeros" if zero_points else None)
+    kernel = kind(config, "qweight", "scales", "qzeros")
     kernel.process_weights_after_loading(made)
     return kernel, made
 
@@ -85,9 +71,9 @@ def one(turns: list[tuple[MPLinearKernel, torch.nn.Module]], batch: int, width: 
 def main() -> None:
     batches = [int(word) for word in sys.argv[2:]] or BATCHES
     rows: dict[int, dict[str, Any]] = {batch: {"batch": batch} for batch in batches}
-    for name in KERNELS:
+    for name, kind in KERNELS.items():
         for gemm, (out, width) in SHAPES.items():
-            turns = [layer(name, out, width) for _ in range(3)]
+            turns = [layer(kind, out, width) for _ in range(3)]
             for batch, row in rows.items():
                 took = one(turns, batch, width)
                 row[f"{gemm}_{name}_ms"] = round(took, 4)

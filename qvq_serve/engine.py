@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from qvq_serve import visual
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
+from qvq_serve.memory import ALLOCATOR_VARIABLES, expandable_segments, told_allocator
 from qvq_serve.model import DEMO, KNOWN, locate
 from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags, nodes
 
@@ -28,9 +29,6 @@ SECRET = [f.name for f in OPTIONS if f.metadata["secret"]]
 PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
 """The profile as JSON, without the key, for the processes that vLLM starts. Not --additional-config, which vLLM hashes
 into its compile cache's key: a changed limit would compile again."""
-
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Where PyTorch's allocator is configured; what an operator says there stays."""
 
 # vLLM's flags that are ours to set, and the flag of ours that sets each; short forms and synonyms as well.
 OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]} | {
@@ -156,10 +154,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     if not gpus and workers > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"
-    # At TP above 1 vLLM's all-reduce shares memory between processes, which was not tried with such segments; with
-    # --kv-transfer-config vLLM refuses them.
-    told = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
-    if gpus and profile.tp == 1 and not told and "--kv-transfer-config" not in given_flags(profile.vllm):
+    if gpus and not told_allocator() and expandable_segments(profile):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
         reasons[ALLOCATOR_VARIABLES[0]] = "less of a card is lost to fragments (of an H200 1.1 GB, not 3.4)"
     environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k not in SECRET})

@@ -7,6 +7,7 @@ starts_2026-11-28.json, TP 2 and 4 on H200.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,11 @@ NON_TORCH = int(0.38 * GIB)
 COMMUNICATION = int(0.955 * GIB)
 """NCCL and vLLM's all-reduce with more than one GPU, taken with the context: 139.80 - 138.33 GiB at TP 4 on H200, less
 CONTEXT. (llm-d-planner reports 2.1 GiB of both and libraries; accuracy/blog-gpu-capacity.md, vLLM 0.17, H100.)"""
+AWQ_FRAGMENTS = int(5.85 * MIB)
+"""A weight that vLLM converts from AWQ: pages of PyTorch's expandable segments that stay half empty. 1.83 GiB of QVQ's
+320 on an H200; without such segments none at the start, and the more under load."""
+CONVERTED_WEIGHTS = 4
+"""Of a layer: attention's two, the MLP's two."""
 # Bytes at the peak of a text batch, a token: (of the MLP's width, of the hidden size). 3 copies of each in BF16 are
 # gate, up and their product, and hidden states, residual and output; FP8 adds copies of one byte, torch.compile one.
 TEXT_EAGER = {"bf16": (6, 6), "int4": (6, 6), "fp8": (7, 6)}
@@ -51,6 +57,8 @@ CARDS = {"h100": 79.18, "h200": 139.80, "h100-nvl": 93.1, "a100-80gb": 79.2, "a1
          "rtx-6000-ada": 47.4, "l4": 22.0, "b200": 178.4}  # fmt: skip
 FLASHINFER_WORKSPACE = 394 * MIB
 """vLLM's own, the default of VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE; allocated in the trial capture of CUDA graphs."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where PyTorch's allocator is configured; what an operator says there stays."""
 USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
 
 
@@ -72,6 +80,22 @@ class EngineLimits:
 def uses_flashinfer(profile: Profile) -> bool:
     """Whether the flags choose FlashInfer; by itself vLLM takes FlashAttention 3 on a Hopper card."""
     return given_flags(profile.vllm).get("--attention-backend", "").upper() == "FLASHINFER"
+
+
+def told_allocator() -> str:
+    """What the environment says to PyTorch's allocator; an operator's word, or what `engine.command` chose."""
+    return ",".join(filter(None, map(os.environ.get, ALLOCATOR_VARIABLES)))
+
+
+def expandable_segments(profile: Profile) -> bool:
+    """Whether PyTorch's allocator extends its segments on a GPU: as it is told, and else where we tell it to.
+
+    At TP above 1 vLLM's all-reduce shares memory between processes, which was not tried with such segments; with
+    --kv-transfer-config vLLM refuses them.
+    """
+    if told := told_allocator():
+        return "expandable_segments:True" in told
+    return profile.tp == 1 and "--kv-transfer-config" not in given_flags(profile.vllm)
 
 
 def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
@@ -117,12 +141,15 @@ def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     if method is None:
         return "bf16"
     if method == "compressed-tensors":
-        weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
-        if not weights or any((weight.get("num_bits"), weight.get("type")) != (8, "float") for weight in weights):
+        groups = config.get("config_groups", {}).values()
+        stored = {(weights.get("num_bits"), weights.get("type")) for weights in map(group_weights, groups)}
+        kinds: dict[Any, str] = {(8, "float"): "fp8", (4, "int"): "int4"}
+        if len(stored) != 1 or not stored <= set(kinds):
             raise UsageError(
-                "the checkpoint has compressed-tensors weights that are no 8-bit floats: the plan knows those only."
+                "the checkpoint has compressed-tensors weights that are neither all 8-bit floats nor all 4-bit "
+                "integers: the plan knows those only."
             )
-        return "fp8"
+        return kinds[stored.pop()]
     known = {"fp8": "fp8", "fp8_per_channel": "fp8", "fp8_per_tensor": "fp8", "awq": "int4", "awq_marlin": "int4",
              "gptq": "int4", "gptq_marlin": "int4"}  # fmt: skip
     if method not in known:
@@ -132,21 +159,34 @@ def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     return known[method]
 
 
-def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> int:
-    """Bytes of the language model on its fullest GPU; embeddings and output head stay BF16.
+def group_weights(group: dict[str, Any]) -> dict[str, Any]:
+    """How a group of compressed-tensors' config stores its weights."""
+    return group.get("weights") or {}
 
-    In four bits, each group of weights has a scale of 2 bytes and a zero point: 2 bytes as AWQ's kernel holds it, half
-    a byte in GPTQ's.
+
+def four_bit_size(config: dict[str, Any]) -> float:
+    """Bytes of a four-bit weight with its share of what its group has, as Hopper's kernels hold it.
+
+    A scale of 2 bytes, or of FP8 eight times where activations are FP8 as well; a zero point of 2 bytes, of half a byte
+    in GPTQ's, of none where compressed-tensors is symmetric.
     """
+    if groups := list(config.get("config_groups", {}).values()):
+        weights = group_weights(groups[0])
+        scale = 8 if groups[0].get("input_activations") else 2
+        zero = 0.0 if weights.get("symmetric", True) else 2.0
+        bits, group = 4, weights.get("group_size") or 128
+    else:
+        scale, zero = 2, 2.0 if config.get("quant_method") == "awq" else 0.5
+        bits, group = config.get("bits", 4), config.get("group_size", 128)
+    return float(bits / 8 + (scale + zero) / group)
+
+
+def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> int:
+    """Bytes of the language model on its fullest GPU; embeddings and output head stay BF16."""
     g = geometry
     kv_size = g.kv_heads * g.head_size
     per_layer = g.hidden_size * (2 * g.hidden_size + 2 * max(kv_size, tp * g.head_size) + 3 * g.intermediate_size) // tp
-    if kind == "int4":
-        config = g.quantization or {}
-        zero = 2.0 if config.get("quant_method") == "awq" else 0.5
-        weight = config.get("bits", 4) / 8 + (2 + zero) / config.get("group_size", 128)
-    else:
-        weight = float({"bf16": BF16, "fp8": 1}[kind])
+    weight = four_bit_size(g.quantization or {}) if kind == "int4" else float({"bf16": BF16, "fp8": 1}[kind])
     ends = g.vocab_size * g.hidden_size * BF16 // tp  # embeddings on the first stage, the head on the last
     copies = 1 if g.tied_embeddings or pp > 1 else 2
     return math.ceil(g.layers / pp) * int(per_layer * weight) + copies * ends + rope_table(g)
@@ -226,6 +266,12 @@ def buffers(geometry: ModelGeometry, limits: EngineLimits) -> int:
     and the embeddings of a batch."""
     penalties = limits.max_num_seqs * (geometry.vocab_size * FP32 + geometry.vocab_size // 8)
     return penalties + limits.max_num_batched_tokens * geometry.hidden_size * BF16
+
+
+def fragments(geometry: ModelGeometry, profile: Profile) -> int:
+    """Bytes that the conversion of AWQ's weights leaves in PyTorch's allocator."""
+    is_awq = (geometry.quantization or {}).get("quant_method") == "awq"
+    return is_awq * expandable_segments(profile) * geometry.layers * CONVERTED_WEIGHTS * AWQ_FRAGMENTS
 
 
 def dtype_bytes(profile: Profile) -> int:
@@ -325,7 +371,7 @@ def plan(
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
         "cuda_graphs": cuda_graphs(geometry, kind, profile, limits) + uses_flashinfer(profile) * FLASHINFER_WORKSPACE,
-        "non_torch": NON_TORCH + buffers(geometry, limits),
+        "non_torch": NON_TORCH + buffers(geometry, limits) + fragments(geometry, profile),
     }
     fixed = sum(uses.values())
     requested = math.ceil(memory * profile.gpu_memory_utilization)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from qvq_serve.engine import ALLOCATOR_VARIABLES, OWNED, PROFILE_VARIABLE, bind_threads, command, served_name
+from qvq_serve.engine import OWNED, PROFILE_VARIABLE, bind_threads, command, served_name
 from qvq_serve.errors import UsageError
+from qvq_serve.memory import ALLOCATOR_VARIABLES
 from qvq_serve.profile import Profile
 
 
