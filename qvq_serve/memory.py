@@ -365,13 +365,14 @@ def plan(
     kind = weight_kind(profile, geometry)
     tp, pp = profile.tp, profile.pp
     peak, outputs = activation_peak(geometry, kind, profile, limits)
+    lost = fragments(geometry, profile)
     uses = dict.fromkeys(USES, 0) | {
         "weights": language_weights(geometry, kind, tp, pp) + LOAD_OVERHEAD,
         "vision_encoder": vision_weights(geometry, kind, tp, limits.encoder_data_parallel),
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
         "cuda_graphs": cuda_graphs(geometry, kind, profile, limits) + uses_flashinfer(profile) * FLASHINFER_WORKSPACE,
-        "non_torch": NON_TORCH + buffers(geometry, limits) + fragments(geometry, profile),
+        "non_torch": NON_TORCH + buffers(geometry, limits) + lost,
     }
     fixed = sum(uses.values())
     requested = math.ceil(memory * profile.gpu_memory_utilization)
@@ -380,7 +381,7 @@ def plan(
     uses["kv_cache"] = max(0, requested - fixed)
     made = MemoryPlan(
         card=card, memory=memory, num_gpus=num_gpus, profile=profile, uses=uses, requested=requested,
-        notes=explain(profile, limits, kind), kv_bytes_per_token=kv_bytes_per_token(geometry, profile),
+        notes=explain(profile, limits, kind, lost), kv_bytes_per_token=kv_bytes_per_token(geometry, profile),
         host=host_bytes(profile, limits), typical_output=typical_output,
     )  # fmt: skip
     made.problems.extend(find_problems(made))
@@ -415,8 +416,8 @@ def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
     return max(16, math.ceil(2 * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
 
 
-def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]:
-    """How each use was worked out, in a few words."""
+def explain(profile: Profile, limits: EngineLimits, kind: str, lost: int) -> dict[str, str]:
+    """How each use was worked out, in a few words; `lost` is what AWQ's conversion leaves."""
     split = f" / TP {profile.tp}" if profile.tp > 1 else ""
     stage = f" / PP {profile.pp}" if profile.pp > 1 else ""
     graphs = "off" if not limits.capture_sizes else (
@@ -431,7 +432,8 @@ def explain(profile: Profile, limits: EngineLimits, kind: str) -> dict[str, str]
         f"encoder with {encoder_tokens(profile, limits)} visual tokens",
         "encoder_cache": f"outputs of {encoder_tokens(profile, limits)} visual tokens",
         "cuda_graphs": graphs,
-        "non_torch": f"libraries and vLLM's buffers for {limits.max_num_seqs} sequences",
+        "non_torch": f"libraries and vLLM's buffers for {limits.max_num_seqs} sequences"
+        + (", and what AWQ's conversion loses" if lost else ""),
         "kv_cache": f"the rest of {profile.gpu_memory_utilization:g} of the card"
         if not limits.kv_cache_memory_bytes else "--kv-cache-memory-bytes",
     }  # fmt: skip
