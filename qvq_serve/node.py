@@ -178,6 +178,8 @@ class Node:
             while line := await reader.readline():
                 peer.heard = time.monotonic()
                 self.hear(peer, json.loads(line))
+        except ConnectionResetError:
+            pass  # closed too, before it had read what was sent to it
         except (OSError, ValueError) as error:
             how = f"was lost: {error}"
         self.lose(peer, how)
