@@ -141,8 +141,7 @@ def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     if method is None:
         return "bf16"
     if method == "compressed-tensors":
-        groups = config.get("config_groups", {}).values()
-        stored = {(weights.get("num_bits"), weights.get("type")) for weights in map(group_weights, groups)}
+        stored = {(weights.get("num_bits"), weights.get("type")) for weights in geometry.compressed_weights}
         kinds: dict[Any, str] = {(8, "float"): "fp8", (4, "int"): "int4"}
         if len(stored) != 1 or not stored <= set(kinds):
             raise UsageError(
@@ -159,26 +158,21 @@ def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     return known[method]
 
 
-def group_weights(group: dict[str, Any]) -> dict[str, Any]:
-    """How a group of compressed-tensors' config stores its weights."""
-    return group.get("weights") or {}
-
-
-def four_bit_size(config: dict[str, Any]) -> float:
+def four_bit_size(geometry: ModelGeometry) -> float:
     """Bytes of a four-bit weight with its share of what its group has, as Hopper's kernels hold it.
 
     A scale of 2 bytes, or of FP8 eight times where activations are FP8 as well; a zero point of 2 bytes, of half a byte
     in GPTQ's, of none where compressed-tensors is symmetric.
     """
-    if groups := list(config.get("config_groups", {}).values()):
-        weights = group_weights(groups[0])
-        scale = 8 if groups[0].get("input_activations") else 2
-        zero = 0.0 if weights.get("symmetric", True) else 2.0
-        bits, group = 4, weights.get("group_size") or 128
+    config, scale = geometry.quantization or {}, 2
+    if geometry.compressed_weights:
+        if any(group.get("input_activations") for group in config["config_groups"].values()):
+            scale = 8
+        zero = 0.0 if geometry.compressed_weights[0].get("symmetric", True) else 2.0
     else:
-        scale, zero = 2, 2.0 if config.get("quant_method") == "awq" else 0.5
-        bits, group = config.get("bits", 4), config.get("group_size", 128)
-    return float(bits / 8 + (scale + zero) / group)
+        zero = 2.0 if config.get("quant_method") == "awq" else 0.5
+    group = geometry.quantization_group
+    return float(config.get("bits", 4) / 8 + ((scale + zero) / group if group > 1 else 0))
 
 
 def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> int:
@@ -186,7 +180,7 @@ def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> in
     g = geometry
     kv_size = g.kv_heads * g.head_size
     per_layer = g.hidden_size * (2 * g.hidden_size + 2 * max(kv_size, tp * g.head_size) + 3 * g.intermediate_size) // tp
-    weight = four_bit_size(g.quantization or {}) if kind == "int4" else float({"bf16": BF16, "fp8": 1}[kind])
+    weight = four_bit_size(g) if kind == "int4" else float({"bf16": BF16, "fp8": 1}[kind])
     ends = g.vocab_size * g.hidden_size * BF16 // tp  # embeddings on the first stage, the head on the last
     copies = 1 if g.tied_embeddings or pp > 1 else 2
     return math.ceil(g.layers / pp) * int(per_layer * weight) + copies * ends + rope_table(g)

@@ -87,13 +87,18 @@ class ModelGeometry:
         return self.hidden_size // self.heads
 
     @property
+    def compressed_weights(self) -> list[dict[str, Any]]:
+        """How compressed-tensors stores the weights, one entry a group of layers; empty for other checkpoints."""
+        groups = (self.quantization or {}).get("config_groups", {}).values()
+        return [group.get("weights") or {} for group in groups]
+
+    @property
     def quantization_group(self) -> int:
         """Columns of a weight that share a scale, so that no split may cut them; 1 where it is whole rows."""
-        config = self.quantization or {}
-        weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
+        config, weights = self.quantization or {}, self.compressed_weights
         blocks = [config.get("weight_block_size"), *(weight.get("block_structure") for weight in weights)]
         sizes = [config.get("group_size"), *(weight.get("group_size") for weight in weights)]
-        return max([size for size in sizes if size] + [block[-1] for block in blocks if block], default=1)
+        return max([size for size in sizes if size and size > 0] + [block[-1] for block in blocks if block], default=1)
 
     @property
     def quantizes_vision(self) -> bool:

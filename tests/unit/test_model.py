@@ -1,6 +1,7 @@
 """Where a model lies, and what its config says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,10 @@ def test_missing_shards_are_found_by_the_index(tmp_path: Path) -> None:
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert missing_files(tmp_path) == ["b.safetensors"]
+
+
+def test_whole_rows_that_share_a_scale_are_no_groups() -> None:
+    """GPTQ writes -1 for them, which no number of GPUs divides."""
+    rows = replace(ModelGeometry.load("qvq-72b"), quantization={"quant_method": "gptq", "bits": 4, "group_size": -1})
+    assert rows.quantization_group == 1
+    assert 4 in rows.tensor_parallel_sizes()
