@@ -37,8 +37,8 @@ COMMUNICATION = int(0.955 * GIB)
 """NCCL and vLLM's all-reduce with more than one GPU, taken with the context: 139.80 - 138.33 GiB at TP 4 on H200, less
 CONTEXT. (llm-d-planner reports 2.1 GiB of both and libraries; accuracy/blog-gpu-capacity.md, vLLM 0.17, H100.)"""
 AWQ_FRAGMENTS = int(5.85 * MIB)
-"""A weight that vLLM converts from AWQ: pages of PyTorch's expandable segments that stay half empty. 1.83 GiB of QVQ's
-320 on an H200; without such segments none at the start, and the more under load."""
+"""A weight that vLLM converts from AWQ: pages of PyTorch's expandable segments that stay half empty. 1.83 GiB for
+QVQ's 320 on an H200; without such segments none at the start, and the more under load."""
 CONVERTED_WEIGHTS = 4
 """Of a layer: attention's two, the MLP's two."""
 # Bytes at the peak of a text batch, a token: (of the MLP's width, of the hidden size). 3 copies of each in BF16 are
