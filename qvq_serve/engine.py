@@ -83,7 +83,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     Raises UsageError where an argument after `--` is one of ours, or a CPU has fewer cores than workers.
     """
     refuse_owned(profile.vllm)
-    refuse_beside_governor(profile)
+    refuse_speculation(profile, gpus)
     least, most = visual.pixels(profile.min_visual_tokens), visual.pixels(profile.max_visual_tokens)
     limits = {"image": profile.max_images, "video": 0}
     sizes = {"size": {"shortest_edge": least, "longest_edge": most}}
@@ -193,13 +193,16 @@ def refuse_owned(arguments: tuple[str, ...]) -> None:
         raise UsageError(f"'{arguments[0]}' after --: vLLM's own flags are expected there; --model names the model.")
 
 
-def refuse_beside_governor(profile: Profile) -> None:
-    """Raises UsageError for vLLM's own flags that the governor cannot run beside."""
-    if profile.governor == "off":
-        return
+SPECULATION = {"--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"}
+
+
+def refuse_speculation(profile: Profile, gpus: int) -> None:
+    """Raises UsageError for speculative decoding beside the governor, as other logits processors, and on a CPU."""
     for name in given_flags(profile.vllm):
-        if name in ("--speculative-config", "-sc", "--logits-processors"):
+        if profile.governor != "off" and name in {*SPECULATION, "--logits-processors"}:
             raise UsageError(f"{name} after -- cannot run beside --governor {profile.governor}; leave one of them out.")
+        if not gpus and name in SPECULATION:
+            raise UsageError(f"{name} after -- needs a GPU: on a CPU vLLM 0.32.0 ends at a first sampled token.")
 
 
 def bind_threads(workers: int, cpus: list[int]) -> str:
@@ -260,7 +263,10 @@ GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """`vllm serve`'s arguments by vLLM's own parser. Raises UsageError, with the nearest flag, for what it refuses."""
+    """`vllm serve`'s arguments by vLLM's own parser. Raises UsageError, with the nearest flag, for what it refuses.
+
+    A flag cut short is refused too: --tensor-paral would set what --tp sets.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -271,7 +277,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 hint = nearest(message.split("unrecognized arguments: ")[1].split()[0], self._option_string_actions)
             raise UsageError(f"vLLM refuses its arguments: {message}.{hint}")
 
-    arguments: argparse.Namespace = make_arg_parser(Parser(prog="vllm serve")).parse_args(argv)
+    arguments: argparse.Namespace = make_arg_parser(Parser(prog="vllm serve", allow_abbrev=False)).parse_args(argv)
     return arguments
 
 

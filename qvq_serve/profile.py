@@ -312,8 +312,11 @@ def vllm_arguments(table: Mapping[str, Any]) -> list[list[str]]:
 
 
 def argument_name(argument: str) -> str | None:
-    """The name of a vLLM flag as vLLM reads it, or None for a value: --max_num_seqs=4 -> --max-num-seqs."""
-    return argument.partition("=")[0].replace("_", "-") if argument.startswith("-") else None
+    """The name of a vLLM flag as vLLM reads it, or None for a value: --max_num_seqs=4 -> --max-num-seqs.
+
+    --some-config.key names --some-config, whose whole JSON vLLM makes of such keys.
+    """
+    return argument.partition("=")[0].partition(".")[0].replace("_", "-") if argument.startswith("-") else None
 
 
 def given_flags(arguments: tuple[str, ...]) -> dict[str, str]:

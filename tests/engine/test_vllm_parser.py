@@ -32,3 +32,9 @@ def test_the_printed_line_gives_vllm_the_same_namespace() -> None:
 def test_a_flag_that_vllm_does_not_know_gets_its_nearest_one() -> None:
     with pytest.raises(UsageError, match=r"unrecognized arguments: --max-num-sequences.*Did you mean '--max-num-seqs'"):
         parse(["model", "--max-num-sequences", "4"])
+
+
+def test_a_flag_cut_short_is_refused() -> None:
+    """Python's parsers take any unambiguous beginning of a flag: --tp's value would be set after the dashes."""
+    with pytest.raises(UsageError, match=r"unrecognized arguments: --tensor-paral 2. Did you mean '--tensor-parallel-"):
+        parse(["model", "--tensor-parallel-size", "1", "--tensor-paral", "2"])

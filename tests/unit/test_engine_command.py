@@ -41,7 +41,15 @@ def test_arguments_after_the_dashes_come_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", ["--tensor-parallel-size", "--tensor_parallel_size=2", "-tp", "--api-key", "--config"]
+    "argument",
+    [
+        "--tensor-parallel-size",
+        "--tensor_parallel_size=2",
+        "-tp",
+        "--api-key",
+        "--config",
+        "--mm-processor-kwargs.size",
+    ],
 )
 def test_a_flag_that_is_ours_is_refused_after_the_dashes(argument: str) -> None:
     with pytest.raises(UsageError, match=r"is set by qvq-serve's own --"):
@@ -56,6 +64,15 @@ def test_every_flag_that_we_set_is_owned() -> None:
 def test_the_memory_probe_of_the_workers_cannot_be_replaced() -> None:
     with pytest.raises(UsageError, match="--worker-extension-cls after -- is used by qvq-serve itself"):
         command(Profile(vllm=("--worker-extension-cls", "x.Y")), gpus=1)
+
+
+@pytest.mark.parametrize("flag", ["--speculative-config", "-sc.method", "--spec-method=ngram", "--spec_tokens"])
+def test_speculation_is_refused_beside_the_governor_and_on_a_cpu(flag: str) -> None:
+    with pytest.raises(UsageError, match="after -- cannot run beside --governor observe"):
+        command(Profile(governor="observe", vllm=(flag, "x")), gpus=1)
+    with pytest.raises(UsageError, match="after -- needs a GPU"):
+        command(Profile(model="demo", vllm=(flag, "x")), gpus=0)
+    assert command(Profile(vllm=(flag, "x")), gpus=1).argv[-2:] == [flag, "x"]
 
 
 def test_plugins_that_are_named_outside_stay_and_ours_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
