@@ -33,6 +33,17 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}.")
 
 
+def counted(most: int = 10**9) -> Callable[[str], int]:
+    """argparse's type of a whole number from 1 to `most`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to {most}")
+        return int(text)
+
+    return read
+
+
 def server_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of what is served: Profile's fields, and the files that give them."""
     parser.add_argument("--profile", metavar="NAME", help="settings of launch/profiles; `--profile list` lists them")
@@ -79,9 +90,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     node = add("node", "start one machine of a replica that runs on several: launch/multinode", run_node)
     node.usage = "qvq-serve node [-h] [--heartbeat-port N] [--join-timeout SECONDS] RANK NODES LEADER [FLAGS OF SERVE]"
-    node.add_argument("--heartbeat-port", type=int, default=29502, metavar="N", help="of node 0 (default %(default)s)")
     node.add_argument(
-        "--join-timeout", type=float, default=600, metavar="SECONDS", help="until all nodes are there (default 600)"
+        "--heartbeat-port", type=counted(65535), default=29502, metavar="N", help="of node 0 (default %(default)s)"
+    )
+    node.add_argument(
+        "--join-timeout", type=counted(), default=600, metavar="SECONDS", help="until all nodes are there (default 600)"
     )
     node.add_argument("rank", type=int, metavar="RANK", help="0 for the machine with the API; 1, 2, ... for the others")
     node.add_argument("nodes", type=int, metavar="NODES", help="machines of the replica")
@@ -91,9 +104,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     plan = add("plan", "what fits, before anything is loaded: GPU memory by use; exit code 4 if it does not", run_plan)
     server_flags(plan)
     plan.add_argument("--gpu", metavar="NAME|GiB", help="h100, h200, a100-80gb, ...; default: this machine's")
-    plan.add_argument("--num-gpus", type=int, metavar="N", help="how many (default: --tp x --pp, or this machine's)")
+    plan.add_argument("--num-gpus", type=counted(), metavar="N", help="how many (default: those needed, or there)")
     plan.add_argument(
-        "--typical-output", type=int, default=2048, metavar="N", help="output tokens of a typical request"
+        "--typical-output", type=counted(), default=2048, metavar="N", help="output tokens of a typical request"
     )
     plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -114,7 +127,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
     ask.add_argument("--api-key", metavar="KEY", help="the server's key; or QVQ_API_KEY")
-    ask.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="output tokens (default %(default)s)")
+    ask.add_argument(
+        "--max-tokens", type=counted(), default=2048, metavar="N", help="output tokens (default %(default)s)"
+    )
     return parser, made
 
 
@@ -168,7 +183,7 @@ def dispatch(arguments: list[str], vllm: tuple[str, ...]) -> int:
     if getattr(known, "profile", None) == "list":
         return print_profiles()
     if getattr(known, "print_config", False):
-        return print_config(chosen(known)[0])
+        return print_config(chosen(known, pick=arguments[0] != "plan")[0])
     run: Callable[[argparse.Namespace], int] = known.run
     return run(known)
 
@@ -181,7 +196,7 @@ def hide_key() -> None:
         if argument == "--":
             return
         name, equals, key = argument.partition("=")
-        if name not in secret or not (equals or at + 1 < len(line)):
+        if name not in secret or not (equals or (at + 1 < len(line) and not line[at + 1].startswith("-"))):
             continue
         key, rest = (key, line[at + 1 :]) if equals else (line[at + 1], line[at + 2 :])
         os.execve(sys.executable, [sys.executable, *line[:at], *rest], os.environ | {secret[name]: key})
@@ -320,7 +335,7 @@ def run_node(arguments: argparse.Namespace) -> int:
     if not 0 <= rank < nodes:
         raise UsageError(f"RANK {rank} of NODES {nodes}: machines are numbered from 0 to {nodes - 1}.")
     for name in given_flags(vllm):
-        if name in ("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--headless"):
+        if name in ("--nnodes", "--node-rank", "--master-addr", "--headless"):
             raise UsageError(f"{name} after -- is set by `qvq-serve node` itself; leave it out.")
     added = ["--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", arguments.leader]
     added += ["--headless"] if rank else []
@@ -345,14 +360,20 @@ def run_node(arguments: argparse.Namespace) -> int:
 def run_plan(arguments: argparse.Namespace) -> int:
     """`plan`: GPU memory by use, what fits and what would; exit code 0 if it fits, 4 if not."""
     import json
+    from dataclasses import replace
 
     from qvq_serve import advice, memory
+    from qvq_serve.engine import refuse_owned
     from qvq_serve.model import ModelGeometry
-    from qvq_serve.preflight import check_split
+    from qvq_serve.preflight import check_usage
+    from qvq_serve.profile import workers
 
     resolved, gpus = chosen(arguments, pick=False)
     profile = resolved.profile
+    refuse_owned(profile.vllm)
     if arguments.values:
+        if beside := [flag(name) for name in ("fit", "json", "num_gpus") if getattr(arguments, name)]:
+            raise UsageError(f"--values prints the chart's values, for which {beside[0]} means nothing; leave one out.")
         return print_values(resolved, arguments.gpu)
     if arguments.gpu:
         card, size = memory.card_memory(arguments.gpu)
@@ -360,12 +381,15 @@ def run_plan(arguments: argparse.Namespace) -> int:
         card, size = memory.card_of(gpus[0])
     else:
         raise UsageError("no NVIDIA GPU is visible on this machine; --gpu h200 plans for one.")
-    num_gpus = arguments.num_gpus or (profile.tp * profile.pp if arguments.gpu else len(gpus))
+    num_gpus = arguments.num_gpus or (workers(profile) if arguments.gpu else len(gpus))
     if arguments.fit:
+        for name in ("tp", "pp", "quantization", "kv_cache_dtype"):
+            if (source := resolved.sources[name]) != "default":
+                raise UsageError(f"--fit chooses {flag(name)} itself, and {source} gives it; leave one of them out.")
         made = advice.fit(profile, card, size, num_gpus, arguments.typical_output)
     else:
+        check_usage(profile)
         geometry = ModelGeometry.load(profile.model)
-        check_split(geometry, profile)
         made = memory.plan(profile, geometry, card, size, num_gpus, arguments.typical_output)
     would_fit = [] if made.fits else advice.suggestions(made)
     if arguments.json:
@@ -373,19 +397,30 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return 0 if made.fits else EXIT_DOES_NOT_FIT
     print(memory.as_table(made, would_fit))
     if arguments.fit:
-        print(f"\nqvq-serve {advice.flags_of(advice.fitted_fields(made.profile), profile)}".rstrip())
+        shown = [name for name in NAMES if name in advice.FITTED or changed(resolved, name)]
+        fields = {name: getattr(made.profile, name) for name in shown}
+        print(f"\nqvq-serve {advice.flags_of(fields | {'vllm': profile.vllm}, replace(profile, vllm=()))}".rstrip())
     return 0 if made.fits else EXIT_DOES_NOT_FIT
+
+
+def changed(resolved: "Resolved", name: str) -> bool:
+    """Whether a value is neither the default nor a secret, so that a line of flags must have it."""
+    secret = next(option for option in OPTIONS if option.name == name).metadata["secret"]
+    return resolved.sources[name] != "default" and not secret
 
 
 def print_values(resolved: "Resolved", gpu: str | None) -> int:
     """`plan --values`: for the GPUs of --gpu, or those that the profile was made for. Raises UsageError without any."""
     from qvq_serve import kubernetes
-    from qvq_serve.model import DEMO, ModelGeometry
-    from qvq_serve.preflight import check_split
+    from qvq_serve.model import DEMO
+    from qvq_serve.preflight import check_usage
 
     if not gpu and not resolved.hardware.gpus and resolved.profile.model != DEMO:
-        raise UsageError("the profile has no [hardware], so --values needs a card: --gpu h100, for example.")
-    check_split(ModelGeometry.load(resolved.profile.model), resolved.profile)
+        raise UsageError(
+            "the profile has no [hardware], or not for this split and precision, so --values needs a card: --gpu h100, "
+            "for example."
+        )
+    check_usage(resolved.profile)
     print(kubernetes.as_values(kubernetes.figures(resolved, gpu)))
     return 0
 
@@ -394,10 +429,14 @@ def run_check(arguments: argparse.Namespace) -> int:
     """`check`: all that a start would refuse; exit code 0 where it would go on to load."""
     resolved, gpus = chosen(arguments)
     from qvq_serve import engine, preflight
+    from qvq_serve.hooks import chain
 
+    launch = engine.command(resolved.profile, gpus=len(gpus))
+    chain.load(resolved.profile)
     preflight.check_start(resolved, gpus)
     preflight.check_model(resolved.profile)
-    engine.command(resolved.profile, gpus=len(gpus))
+    if arguments.vllm:  # vLLM's imports take seconds
+        engine.parse(launch.argv)
     print("nothing stands against a start")
     return 0
 

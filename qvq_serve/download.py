@@ -30,21 +30,28 @@ class RemoteFile:
     digest: str | None = None
 
 
+def directory(model: str, to: str | None) -> Path:
+    """Where a known model goes. Raises UsageError for an unknown one, or no name."""
+    if model not in KNOWN:
+        raise UsageError(
+            f"--model {model}: only a known model can be downloaded.{nearest(model, KNOWN)} Known: {', '.join(KNOWN)}."
+        )
+    if to == "":
+        raise UsageError("--to is empty; give a directory, or leave it out.")
+    return Path(to) if to else locate(model)
+
+
 def download(model: str, source: str | None = None, to: str | None = None) -> Path:
     """Bring a known model into a directory that `--model DIR` serves, and return it.
 
     Raises UsageError for an unknown model or source, StartError where space, network or content fail; running it again
     goes on from there.
     """
-    if model not in KNOWN:
-        raise UsageError(
-            f"--model {model}: only a known model can be downloaded.{nearest(model, KNOWN)} Known: {', '.join(KNOWN)}."
-        )
+    target = directory(model, to)
     known = KNOWN[model]
     source = source or known.sources[0]
     if source not in known.sources:
         raise UsageError(f"--source {source}: {known.repo} is on {', '.join(known.sources)}.")
-    target = Path(to) if to else locate(model)
     list_files, fetch = SOURCES[source]
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,7 @@ def download(model: str, source: str | None = None, to: str | None = None) -> Pa
 
 def wait(model: str, to: str | None = None) -> Path:
     """Return the directory once its files are all there; the hubs' libraries give a file its name when it is whole."""
-    target = Path(to) if to else locate(model)
+    target = directory(model, to)
     said = ""
     while lacking := missing_files(target):
         if (now := f"{target} lacks {lacking[0]} and {len(lacking) - 1} more files; waiting") != said:

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
@@ -30,12 +31,10 @@ PROFILE_VARIABLE = "QVQ_LAUNCHED_PROFILE"
 """The profile as JSON, without the key, for the processes that vLLM starts. Not --additional-config, which vLLM hashes
 into its compile cache's key: a changed limit would compile again."""
 
-# vLLM's flags that are ours to set, and the flag of ours that sets each; short forms and synonyms as well.
+# vLLM's flags that are ours to set, and the flag of ours that sets each; synonyms as well.
 OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]} | {
     "--model": "--model",
-    "-tp": "--tp",
-    "-pp": "--pp",
-    "-q": "--quantization",
+    "--device-memory-utilization": "--gpu-memory-utilization",
     "--served-model-name": "--served-model-name",
     "--api-key": "--api-key",
     "--config": "--config",
@@ -49,7 +48,6 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--allowed-media-domains": "--allowed-image-hosts",
     "--reasoning-parser": None,
     "--api-server-count": None,
-    "-asc": None,
     "--disable-uvicorn-access-log": None,
     "--logging-config": "--log-format",
     "--sse-keep-alive-interval": "--keep-alive",
@@ -184,16 +182,19 @@ def served_name(profile: Profile) -> str:
 def refuse_owned(arguments: tuple[str, ...]) -> None:
     """Raises UsageError where vLLM's own arguments set what a flag of ours sets: two values would contradict."""
     for argument in arguments:
-        name = argument_name(argument)
+        name = (argument_name(argument) or "").replace("--no-", "--", 1)
         if name in OWNED:
             ours = OWNED[name]
             reason = f"set by qvq-serve's own {ours}; give that instead" if ours else "used by qvq-serve itself"
-            raise UsageError(f"{name} after -- is {reason}.")
+            raise UsageError(f"{argument} after -- is {reason}.")
+        # Python's parsers take -qfp8 and, for -tp, -t.
+        if re.match("-[A-NP-Za-z]", argument) and not name.startswith("--"):
+            raise UsageError(f"{argument} after -- is not taken in short; write the long form of vLLM's flag.")
     if arguments and not arguments[0].startswith("-"):
         raise UsageError(f"'{arguments[0]}' after --: vLLM's own flags are expected there; --model names the model.")
 
 
-SPECULATION = {"--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"}
+SPECULATION = {"--speculative-config", "--spec-method", "--spec-model", "--spec-tokens"}
 
 
 def refuse_speculation(profile: Profile, gpus: int) -> None:

@@ -28,6 +28,12 @@ class StartError(QvqError):
     exit_code = EXIT_START
 
 
+class DoesNotFit(QvqError):
+    """No setting fits the cards."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+
 class EngineDied(QvqError):
     """vLLM's engine ended while the server was serving."""
 

@@ -50,7 +50,7 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
     geometry = ModelGeometry.load(profile.model)
     demo = profile.model == DEMO
     workers = profile.tp * profile.pp
-    card, size = card_memory(gpu or f"{hardware.gpu_gib}")
+    card, size = card_memory(gpu or f"{hardware.gpu_gib or 1}")  # a CPU's says nothing
     limits = engine_limits(profile, (hardware.name if not gpu else card).lower(), size / GIB)
 
     kind = weight_kind(replace(profile, quantization=None), geometry)  # as it lies on disk

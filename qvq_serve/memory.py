@@ -8,13 +8,14 @@ starts_2026-11-28.json, TP 2 and 4 on H200.
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from qvq_serve.errors import UsageError, nearest
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile, given_flags, given_words
+from qvq_serve.profile import Profile, given_flags, given_words, workers
 
 MIB = 2**20
 BF16, FP32 = 2, 4
@@ -59,6 +60,9 @@ FLASHINFER_WORKSPACE = 394 * MIB
 """vLLM's own, the default of VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE; allocated in the trial capture of CUDA graphs."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where PyTorch's allocator is configured; what an operator says there stays."""
+SUFFIXES = "kKmMgGtT"
+"""Of the numbers that vLLM reads with them: 8k is 8000, 8K is 8192 (vllm/engine/arg_utils.py, `human_readable_int`)."""
+KV_CACHE_TYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
 USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
 
 
@@ -105,18 +109,23 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
     """
     given = given_flags(profile.vllm)
 
-    def number(name: str, default: int) -> int:
-        try:
-            return int(given.get(name, default))
-        except ValueError:
-            raise UsageError(f"{name} {given[name]}: it must be a whole number.") from None
+    def number(name: str, default: int, suffixes: str = "") -> int:
+        text = given.get(name)
+        if text is None:
+            return default
+        found = re.fullmatch(rf"(\d+)([{suffixes}]?)" if suffixes else r"(\d+)()", text)
+        if not found or not int(found[1]):
+            raise UsageError(f"{name} {text}: it must be a whole number from 1 up.")
+        thousand = 1024 if found[2].isupper() else 1000
+        power = "kmgt".index(found[2].lower()) + 1 if found[2] else 0
+        return int(found[1]) * int(thousand**power)
 
     tokens, seqs = (
         (2048, 256) if memory_gib < 70 or "a100" in card else (8192, 1024) if memory_gib < 160 else (16384, 1024)
     )
     seqs = number("--max-num-seqs", seqs)
-    tokens = number("--max-num-batched-tokens", tokens)
-    kv_bytes = number("--kv-cache-memory-bytes", 0)
+    tokens = number("--max-num-batched-tokens", tokens, SUFFIXES)
+    kv_bytes = number("--kv-cache-memory-bytes", 0, SUFFIXES)
     sizes = capture_sizes(number("--max-cudagraph-capture-size", min(2 * seqs, 512)))
     if words := given_words(profile.vllm, "--cudagraph-capture-sizes"):
         if not all(word.isdecimal() and int(word) for word in words):
@@ -137,9 +146,12 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
 def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     """ "bf16", "fp8" or "int4": how the layers' weights lie in memory. Raises UsageError for a method unknown here."""
     config = geometry.quantization or {}
-    method = profile.quantization or config.get("quant_method")
+    own = config.get("quant_method")
+    method = profile.quantization or own
     if method is None:
         return "bf16"
+    if own and method not in (own, f"{own}_marlin"):
+        raise UsageError(f"--quantization {method}: the checkpoint is quantised already, with {own}; leave it out.")
     if method == "compressed-tensors":
         stored = {(weights.get("num_bits"), weights.get("type")) for weights in geometry.compressed_weights}
         kinds: dict[Any, str] = {(8, "float"): "fp8", (4, "int"): "int4"}
@@ -154,6 +166,11 @@ def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
     if method not in known:
         raise UsageError(
             f"--quantization {method}: the plan does not know it.{nearest(method, known)} Known: {', '.join(known)}."
+        )
+    if not own and known[method] == "int4":
+        raise UsageError(
+            f"--quantization {method}: the checkpoint of {profile.model} is not quantised so; give one that is "
+            "(--model qvq-72b-awq), or fp8_per_channel."
         )
     return known[method]
 
@@ -334,9 +351,13 @@ class MemoryPlan:
 def card_memory(card: str) -> tuple[str, int]:
     """(name, bytes) of a card by name or by its GiB. Raises UsageError for an unknown name."""
     try:
-        return f"{float(card):g} GiB", int(float(card) * GIB)
+        size = float(card)
     except ValueError:
         name = card.lower()
+    else:
+        if not 1 <= size < 10_000:
+            raise UsageError(f"--gpu {card}: a card's GiB are a number from 1 up, for example 80.")
+        return f"{size:g} GiB", int(size * GIB)
     if name not in CARDS:
         raise UsageError(f"--gpu {card}: not a known card.{nearest(name, CARDS)} Known: {', '.join(CARDS)}, or GiB.")
     return name.upper(), int(CARDS[name] * GIB)
@@ -361,7 +382,8 @@ def plan(
     peak, outputs = activation_peak(geometry, kind, profile, limits)
     lost = fragments(geometry, profile)
     uses = dict.fromkeys(USES, 0) | {
-        "weights": language_weights(geometry, kind, tp, pp) + LOAD_OVERHEAD,
+        "weights": language_weights(geometry, kind, tp, pp) * (dtype_bytes(profile) if kind == "bf16" else BF16) // BF16
+        + LOAD_OVERHEAD,
         "vision_encoder": vision_weights(geometry, kind, tp, limits.encoder_data_parallel),
         "activation_peak": peak - outputs,
         "encoder_cache": outputs,
@@ -405,7 +427,10 @@ def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
     if not gpus:
         return CPU_QUEUED
     smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
-    made = plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus))
+    try:
+        made = plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus))
+    except UsageError:  # the plan knows nothing of this, and --force started it
+        return CPU_QUEUED
     limits = engine_limits(profile, made.card.lower(), made.memory / GIB)
     return max(16, math.ceil(2 * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
 
@@ -436,9 +461,11 @@ def explain(profile: Profile, limits: EngineLimits, kind: str, lost: int) -> dic
 def find_problems(made: MemoryPlan) -> list[str]:
     """What does not fit, each with the numbers."""
     profile, problems = made.profile, []
-    if profile.tp * profile.pp > made.num_gpus:
+    if workers(profile) > made.num_gpus:
+        replicas = workers(profile) // (profile.tp * profile.pp)
+        more = f" x --data-parallel-size {replicas}" if replicas > 1 else ""
         problems.append(
-            f"--tp {profile.tp} x --pp {profile.pp} needs {profile.tp * profile.pp} GPUs, and there are {made.num_gpus}"
+            f"--tp {profile.tp} x --pp {profile.pp}{more} needs {workers(profile)} GPUs, and there are {made.num_gpus}"
         )
     if made.requested > made.memory - made.context:
         free = (made.memory - made.context) / GIB

@@ -123,7 +123,7 @@ class ModelGeometry:
         """The geometry in a config as transformers 4 (flat) or 5 (`text_config`) writes it."""
         text, vision = config.get("text_config", config), config.get("vision_config", {})
         try:
-            return cls(
+            made = cls(
                 layers=text["num_hidden_layers"],
                 hidden_size=text["hidden_size"],
                 heads=text["num_attention_heads"],
@@ -139,8 +139,16 @@ class ModelGeometry:
                 vision_heads=vision.get("num_heads", 16),
                 quantization=config.get("quantization_config"),
             )
+            for name, value in vars(made).items():
+                if name not in ("tied_embeddings", "quantization") and not (type(value) is int and value > 0):
+                    raise ValueError(f"{name} is {value!r}, and must be a whole number from 1 up")
+            if made.quantization_group < 1:
+                raise ValueError("its quantisation groups have no columns")
+            return made
         except KeyError as missing:
             raise UsageError(f"{path} lacks {missing}, which a Qwen2-VL model has.") from None
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UsageError(f"{path} is no Qwen2-VL model's: {error}.") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -170,7 +178,10 @@ def missing_files(directory: Path) -> list[str]:
     ]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [*lacking, index.name]  # cut short: to be brought again
         lacking += [shard for shard in shards if not (directory / shard).is_file()]
     elif not any(directory.glob("*.safetensors")):
         lacking.append("*.safetensors")

@@ -12,9 +12,18 @@ from pathlib import Path
 from qvq_serve.advice import suggestions
 from qvq_serve.errors import QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
-from qvq_serve.memory import EngineLimits, MemoryPlan, card_of, engine_limits, plan, uses_flashinfer
+from qvq_serve.memory import (
+    KV_CACHE_TYPES,
+    EngineLimits,
+    MemoryPlan,
+    card_of,
+    engine_limits,
+    plan,
+    uses_flashinfer,
+    weight_kind,
+)
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
-from qvq_serve.profile import Profile, Resolved, given_flags, nodes
+from qvq_serve.profile import Profile, Resolved, given_flags, nodes, workers
 
 LEAST_DRIVER = 580
 LEAST_OPEN_FILES = 4096
@@ -29,11 +38,19 @@ def check_usage(profile: Profile) -> None:
     geometry = ModelGeometry.load(profile.model)
     check_split(geometry, profile)
     check_encoder_budget(profile, engine_limits(profile, "", 80))
+    weight_kind(profile, geometry)
+    if profile.kv_cache_dtype not in KV_CACHE_TYPES:
+        known = ", ".join(KV_CACHE_TYPES)
+        raise UsageError(f"--kv-cache-dtype {profile.kv_cache_dtype}: the plan does not know it; known: {known}.")
     if profile.max_model_len > geometry.max_position_embeddings:
         raise UsageError(
             f"--max-model-len {profile.max_model_len} is above the model's context of "
             f"{geometry.max_position_embeddings}; lower it."
         )
+
+
+def check_image_dir(profile: Profile) -> None:
+    """The directory of file:// images. Raises UsageError."""
     if profile.allowed_image_dir is not None and not Path(profile.allowed_image_dir).is_dir():
         raise UsageError(f"--allowed-image-dir {profile.allowed_image_dir}: there is no such directory.")
 
@@ -62,7 +79,7 @@ def check_split(geometry: ModelGeometry, profile: Profile) -> None:
 def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:
     """Enough GPUs, each with the memory that the profile was made for. Raises StartError."""
     profile, needs = resolved.profile, resolved.hardware
-    wanted = math.ceil(max(profile.tp * profile.pp, needs.gpus) / nodes(profile))
+    wanted = math.ceil(max(workers(profile), needs.gpus) / nodes(profile))
     if not gpus and (needs.gpus or profile.model in KNOWN):
         what = f"a profile for {needs.gpus} x {needs.name}" if needs.gpus else f"the model {profile.model}"
         raise StartError(
@@ -111,21 +128,22 @@ def check_host_memory(profile: Profile) -> None:
         )
 
 
-def check_port(profile: Profile) -> None:
+def check_port(name: str, host: str, port: int) -> None:
     """An address that can be listened on. Raises StartError."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            profile.host or None, profile.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, proto) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-    except socket.gaierror as error:
-        raise StartError(f"--host {profile.host}: {error.strerror}; 127.0.0.1 or 0.0.0.0 would do.") from None
+    except (socket.gaierror, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no name of a machine"
+        raise StartError(f"--host {host}: {why}; 127.0.0.1 or 0.0.0.0 would do.") from None
     except OSError as error:
         raise StartError(
-            f"--host {profile.host} --port {profile.port} cannot be listened on: {error.strerror}; choose another with "
-            "--port, or stop what uses it."
+            f"--host {host} {name} {port} cannot be listened on: {error.strerror}; choose another with {name}, or stop "
+            "what uses it."
         ) from None
 
 
@@ -221,21 +239,24 @@ def check_open_files(limit: int) -> None:
 def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
     """The checks of a start on this machine, in their order; each raises UsageError or StartError."""
     profile = resolved.profile
-    workers = math.ceil(profile.tp * profile.pp / nodes(profile))
+    here = math.ceil(workers(profile) / nodes(profile))
     yield lambda: check_usage(profile)
+    yield lambda: check_image_dir(profile)
     yield lambda: check_gpus(resolved, gpus)
     if "--headless" not in given_flags(profile.vllm):
-        yield lambda: check_port(profile)
+        yield lambda: check_port("--port", profile.host, profile.port)
+        if (port := profile.metrics_port) is not None:
+            yield lambda: check_port("--metrics-port", profile.host, port)
     yield lambda: check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     if os.path.isdir("/dev/shm"):
-        yield lambda: check_shared_memory(workers, shutil.disk_usage("/dev/shm").free)
+        yield lambda: check_shared_memory(here, shutil.disk_usage("/dev/shm").free)
     if gpus:
         yield lambda: check_driver(driver_version())
         if uses_flashinfer(profile):
             yield check_flashinfer
-        for gpu in gpus[:workers]:
+        for gpu in gpus[:here]:
             yield lambda gpu=gpu: check_others(gpu, processes_on(gpu), profile.gpu_memory_utilization)  # type: ignore[misc]
-        smallest = min(gpus[:workers], key=lambda gpu: gpu.memory_bytes)
+        smallest = min(gpus[:here], key=lambda gpu: gpu.memory_bytes)
         yield lambda: check_memory(
             plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus) * nodes(profile))
         )

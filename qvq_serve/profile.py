@@ -3,6 +3,7 @@
 Precedence: flag > QVQ_* variable > --config file > --profile file > default. `--` passes the rest to vLLM.
 """
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -121,6 +122,9 @@ class Profile:
     """vLLM's own arguments: a file's [vllm] table, then what follows `--`."""
 
     def __post_init__(self) -> None:
+        for name in NAMES:
+            if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
+                raise UsageError(f"{flag(name)} {value}: it must be a finite number.")
         for name, least in (
             ("tp", 1),
             ("pp", 1),
@@ -162,6 +166,11 @@ class Profile:
         for name in ("port", "metrics_port"):
             if (port := getattr(self, name)) is not None and not 0 < port < 65536:
                 raise UsageError(f"{flag(name)} {port}: a port is a number from 1 to 65535, for example 8000.")
+        if self.metrics_port == self.port:
+            raise UsageError(f"--metrics-port {self.metrics_port} is --port too; choose another, or leave it out.")
+        for route in filter(None, (self.open_routes or "").split(",")):
+            if not route.strip().startswith("/"):
+                raise UsageError(f"--open-routes {route}: a route begins with a slash; /{route.strip()} would do.")
         for name in ("image_timeout", "hook_timeout", "guard_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) <= 0:
                 raise UsageError(f"{flag(name)} {seconds}: it must be above 0 seconds.")
@@ -189,6 +198,8 @@ class Profile:
             lines = Path(self.api_key_file).read_text().splitlines()
         except OSError as error:
             raise UsageError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"--api-key-file {self.api_key_file} is no text; it must be keys, one a line.") from None
         if not lines or not lines[0].strip():
             raise UsageError(f"--api-key-file {self.api_key_file} has no key on its first line.")
         return lines[0].strip()
@@ -269,10 +280,23 @@ def read_profile(path: Path) -> ProfileFile:
         kind = option_type(key)
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise UsageError(f"{path}: {key} is {value!r}, and must be {OPTION_TYPES[kind]}.")
-    hardware_keys = [f.name for f in fields(Hardware)]
-    for key in about["hardware"]:
+    for key in ("hardware", "vllm"):
+        if not isinstance(about[key], dict):
+            raise UsageError(f"{path}: {key} is {about[key]!r}, and must be a table, [{key}].")
+    for key in ("description", "verified"):
+        if not isinstance(about[key] or "", str):
+            raise UsageError(f"{path}: {key} is {about[key]!r}, and must be text.")
+    hardware_keys = {f.name: type(f.default) for f in fields(Hardware)}
+    for key, value in about["hardware"].items():
         if key not in hardware_keys:
             raise UsageError(f"{path}: unknown key '{key}' in [hardware].{nearest(key, hardware_keys)}")
+        kind = hardware_keys[key]
+        if type(value) not in ((int, float) if kind is float else (kind,)) or (kind is not str and value < 0):
+            raise UsageError(f"{path}: {key} in [hardware] is {value!r}, and must be {OPTION_TYPES[kind]}, 0 or more.")
+    try:
+        vllm_arguments(about["vllm"])
+    except TypeError as error:
+        raise UsageError(f"{path}: [vllm] has what no flag can take: {error}.") from None
     return ProfileFile(
         path.stem, path, about["description"], about["verified"], Hardware(**about["hardware"]), table, about["vllm"]
     )
@@ -311,20 +335,34 @@ def vllm_arguments(table: Mapping[str, Any]) -> list[list[str]]:
     return arguments
 
 
+VLLM_SHORT = {
+    "-ac": "--attention-config", "-asc": "--api-server-count", "-cc": "--compilation-config",
+    "-dp": "--data-parallel-size", "-n": "--nnodes", "-pp": "--pipeline-parallel-size", "-q": "--quantization",
+    "-r": "--node-rank", "-sc": "--speculative-config", "-tp": "--tensor-parallel-size",
+}  # fmt: skip
+"""vLLM's short flags that are read here or refused; -O besides."""
+
+
 def argument_name(argument: str) -> str | None:
     """The name of a vLLM flag as vLLM reads it, or None for a value: --max_num_seqs=4 -> --max-num-seqs.
 
-    --some-config.key names --some-config, whose whole JSON vLLM makes of such keys.
+    A short flag has its long name; --some-config.key names --some-config, whose whole JSON vLLM makes of such keys.
     """
-    return argument.partition("=")[0].partition(".")[0].replace("_", "-") if argument.startswith("-") else None
+    name = argument.partition("=")[0].partition(".")[0].replace("_", "-")
+    return VLLM_SHORT.get(name, name) if argument.startswith("-") else None
 
 
 def given_flags(arguments: tuple[str, ...]) -> dict[str, str]:
-    """vLLM's flags in its arguments, with the value that follows each ("" for a switch); the last one counts."""
+    """vLLM's flags in its arguments, with the value that follows each ("" for a switch); the last one counts.
+
+    --no-some-switch takes --some-switch out again.
+    """
     given = {}
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if name := argument_name(argument):
             given[name] = argument.partition("=")[2] if "=" in argument else following
+            if name.startswith("--no-"):
+                given.pop("--" + name.removeprefix("--no-"), None)
     return given
 
 
@@ -349,6 +387,14 @@ def nodes(profile: Profile) -> int:
     return int(text)
 
 
+def workers(profile: Profile) -> int:
+    """GPUs of a launch: of each layer, by the groups of layers, by vLLM's --data-parallel-size. Raises UsageError."""
+    text = given_flags(profile.vllm).get("--data-parallel-size", "1")
+    if not text.isdecimal() or text == "0":
+        raise UsageError(f"--data-parallel-size {text}: it is a number of replicas, 1 or more.")
+    return profile.tp * profile.pp * int(text)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A profile, and where each of its values came from."""
@@ -359,8 +405,12 @@ class Resolved:
 
     @property
     def hardware(self) -> Hardware:
-        """What the last file that says so was made for."""
-        return next((f.hardware for f in reversed(self.files) if f.hardware.gpus), Hardware())
+        """What the last file that says so was made for; nothing where its split or precision is not what is served."""
+        for file in reversed(self.files):
+            if file.hardware.gpus:
+                own = [name for name in ("tp", "pp", "quantization") if name in file.values]
+                return file.hardware if all(self.sources[name] == file.name for name in own) else Hardware()
+        return Hardware()
 
 
 def resolve(

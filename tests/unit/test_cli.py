@@ -162,6 +162,59 @@ def test_plan_fit_prints_the_line_that_starts_it() -> None:
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, line)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--tp", "4", "--", "--tensor-parallel-size", "8"], 2, "is set by qvq-serve's own --tp"),
+        (["--tp", "4", "--max-model-len", "500000"], 2, "above the model's context of 128000"),
+        (["--tp", "4", "--kv-cache-dtype", "fp9"], 2, "--kv-cache-dtype fp9: the plan does not know it"),
+        (["--quantization", "awq"], 2, "is not quantised so"),
+        (["--model", "qvq-72b-awq", "--quantization", "fp8_per_channel"], 2, "is quantised already, with awq"),
+        (["--tp", "4", "--", "--max-num-seqs", "-5"], 2, "--max-num-seqs -5: it must be a whole number from 1 up"),
+        (["--gpu", "inf"], 2, "--gpu inf: a card's GiB"),
+        (["--num-gpus", "0"], 2, "0 is no whole number from 1"),
+        (["--typical-output", "-1536"], 2, "-1536 is no whole number from 1"),
+        (["--fit", "--tp", "2"], 2, "--fit chooses --tp itself, and --tp gives it"),
+        (["--values", "--fit"], 2, "for which --fit means nothing"),
+        (["--gpu", "l4", "--fit"], 4, "no setting of QVQ-72B fits 1 x L4"),
+        (["--request-timeout", "nan"], 2, "--request-timeout nan: it must be a finite number"),
+        (["--metrics-port", "8000"], 2, "--metrics-port 8000 is --port too"),
+        (["--open-routes", "tokenize"], 2, "/tokenize would do"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: list[str], code: int, message: str) -> None:
+    done = qvq_serve("plan", "--gpu", "h100", *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_plan_fit_keeps_what_it_does_not_choose() -> None:
+    done = qvq_serve("plan", "--gpu", "h100", "--num-gpus", "2", "--fit", "--max-images", "2", "--", "--seed", "1")
+    assert done.stdout.splitlines()[-1].endswith("--kv-cache-dtype fp8 --max-images 2 -- --seed 1")
+
+
+def test_what_would_fit_has_no_more_gpus_than_there_are() -> None:
+    """It was `would fit: FP8 KV cache (--kv-cache-dtype fp8)`, with which the GPUs are as few."""
+    done = qvq_serve("plan", "--gpu", "h200", "--num-gpus", "2", "--tp", "4")
+    assert (done.returncode, "needs 4 GPUs, and there are 2" in done.stdout) == (4, True)
+    offered = [line for line in done.stdout.splitlines() if "would fit" in line]
+    assert any("--tp 2" in line for line in offered) and all("GPUs (--tp" in line for line in offered), done.stdout
+
+
+def test_a_flag_without_its_key_takes_no_other_flag_for_one() -> None:
+    done = qvq_serve("--api-key", "--demo", "--print-config")
+    assert (done.returncode, "expected one argument" in done.stderr) == (2, True)
+
+
+def test_check_finds_what_vllm_and_the_hooks_would_refuse() -> None:
+    for arguments, message in (
+        (["--hook", "nosuch:Mod"], "--hook"),
+        (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ):
+        done = qvq_serve("check", "--demo", *arguments)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
 def test_plan_imports_no_torch() -> None:
     program = (
         "import sys; from qvq_serve.cli import main; main(['plan', '--gpu', 'h200']); print('torch' in sys.modules)"

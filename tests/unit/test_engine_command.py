@@ -56,6 +56,19 @@ def test_a_flag_that_is_ours_is_refused_after_the_dashes(argument: str) -> None:
         command(Profile(vllm=(argument, "2")), gpus=1)
 
 
+@pytest.mark.parametrize("argument", ["-t", "-as", "-qfp8", "-n2"])
+def test_a_short_flag_that_only_pythons_parser_knows_is_refused(argument: str) -> None:
+    """-t was -tp, by which --tp's value was set after the dashes."""
+    with pytest.raises(UsageError, match=f"{argument} after -- is not taken in short"):
+        command(Profile(vllm=(argument, "2")), gpus=1)
+    assert command(Profile(vllm=("-O3", "--seed", "-1")), gpus=1).argv[-3:] == ["-O3", "--seed", "-1"]
+
+
+def test_a_switch_of_ours_cannot_be_turned_off_after_the_dashes() -> None:
+    with pytest.raises(UsageError, match="--no-disable-uvicorn-access-log after -- is used by qvq-serve itself"):
+        command(Profile(vllm=("--no-disable-uvicorn-access-log",)), gpus=1)
+
+
 def test_every_flag_that_we_set_is_owned() -> None:
     argv = command(Profile(quantization="fp8", allowed_image_dir="/"), gpus=1).argv
     assert {a for a in argv if a.startswith("--")} <= {*OWNED, "--middleware"}  # a user's own are added

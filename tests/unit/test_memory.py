@@ -14,7 +14,7 @@ from benchmarks.geometry import config_of
 from qvq_serve import cli, memory
 from qvq_serve.advice import fit, suggestions
 from qvq_serve.api.memory import label
-from qvq_serve.errors import UsageError
+from qvq_serve.errors import DoesNotFit, UsageError
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import (
     ALLOCATOR_VARIABLES,
@@ -242,7 +242,7 @@ def test_every_shipped_profile_fits_the_cards_that_it_was_made_for() -> None:
 
 
 def test_fit_says_when_nothing_fits() -> None:
-    with pytest.raises(UsageError, match="no setting of QVQ-72B fits 1 x L4"):
+    with pytest.raises(DoesNotFit, match="no setting of QVQ-72B fits 1 x L4"):
         fit(Profile(), *card_memory("l4"), 1, 2048)
 
 

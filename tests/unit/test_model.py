@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qvq_serve.errors import UsageError
-from qvq_serve.model import KNOWN, ModelGeometry, cache_dir, locate, missing_files, read_config
+from qvq_serve.model import KNOWN, ModelGeometry, cache_dir, config_path, locate, missing_files, read_config
 
 
 def test_qvqs_geometry_is_carried() -> None:
@@ -31,6 +31,11 @@ def test_a_known_name_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_dir() == Path("/x/qvq-serve")
 
 
+def changed(**values: object) -> str:
+    """QVQ's config.json with other values."""
+    return json.dumps(read_config(config_path("qvq-72b")) | values)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -39,6 +44,11 @@ def test_a_known_name_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ('{"architectures": ["LlamaForCausalLM"]}', "is of architecture ['LlamaForCausalLM']"),
         ("[]", "is of architecture None"),
         ('{"architectures": ["Qwen2VLForConditionalGeneration"]}', "lacks 'num_hidden_layers'"),
+        (changed(vision_config=None), "is no Qwen2-VL model's: "),
+        (changed(hidden_size="8192"), "hidden_size is '8192', and must be a whole number from 1 up"),
+        (changed(num_attention_heads=0), "heads is 0, and must be"),
+        (changed(quantization_config="awq"), "is no Qwen2-VL model's: "),
+        (changed(quantization_config={"group_size": "128"}), "is no Qwen2-VL model's: "),
     ],
 )
 def test_a_directory_that_is_no_qwen2_vl_model_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -62,6 +72,11 @@ def test_missing_shards_are_found_by_the_index(tmp_path: Path) -> None:
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert missing_files(tmp_path) == ["b.safetensors"]
+
+
+def test_an_index_that_was_cut_short_is_lacking(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("")
+    assert missing_files(tmp_path)[-1] == "model.safetensors.index.json"
 
 
 def test_whole_rows_that_share_a_scale_are_no_groups() -> None:

@@ -52,7 +52,10 @@ def test_the_same_flags_on_each_machine_give_vllm_each_its_part(made: Path) -> N
         (["x", "2", "h", "--demo"], "argument RANK: invalid int value: 'x'"),
         (["0", "2", "h", "--demo"], "--tp 1 x --pp 1 is 1, which 2 machines cannot share."),
         (["0", "2", "h", "--demo", "--tq", "2"], "unknown argument '--tq'. Did you mean '--tp'?"),
-        (["0", "2", "h", "--tp", "2", "--", "-r", "1"], "-r after -- is set by `qvq-serve node` itself; leave it out."),
+        (
+            ["0", "2", "h", "--tp", "2", "--", "-r", "1"],
+            "--node-rank after -- is set by `qvq-serve node` itself;",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_any_other_machine_is_waited_for(

@@ -1,6 +1,7 @@
 """Reasons not to start, each with the value seen and what would do."""
 
 import importlib
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from qvq_serve.preflight import (
     check_flashinfer,
     check_gpus,
     check_groups,
+    check_image_dir,
     check_memory,
     check_model,
     check_open_files,
@@ -59,7 +61,7 @@ def test_more_stages_than_layers_are_refused() -> None:
 
 def test_a_missing_image_directory_is_named() -> None:
     with pytest.raises(UsageError, match="--allowed-image-dir /none/there: there is no such directory"):
-        check_usage(Profile(allowed_image_dir="/none/there"))
+        check_image_dir(Profile(allowed_image_dir="/none/there"))
 
 
 def test_a_gpu_profile_on_a_machine_without_one_is_refused() -> None:
@@ -185,13 +187,14 @@ def test_a_port_in_use_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"--port {port} cannot be listened on: Address already in use"):
-            check_port(Profile(port=port))
-    check_port(Profile(port=port))
+            check_port("--port", "127.0.0.1", port)
+    check_port("--port", "127.0.0.1", port)
 
 
 def test_an_address_that_is_not_this_machines_is_refused() -> None:
-    with pytest.raises(StartError, match=r"--host no\.such\.host\.invalid"):
-        check_port(Profile(host="no.such.host.invalid"))
+    for name in ("no.such.host.invalid", "a..b"):
+        with pytest.raises(StartError, match=f"--host {re.escape(name)}: .*; 127.0.0.1 or 0.0.0.0 would do"):
+            check_port("--port", name, 8000)
 
 
 def test_a_model_directory_that_lacks_files_is_refused(tmp_path: Path) -> None:

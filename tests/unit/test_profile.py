@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from qvq_serve.errors import UsageError
-from qvq_serve.profile import NAMES, Profile, read_profile, resolve, shipped_profiles, vllm_arguments
+from qvq_serve.profile import (
+    NAMES,
+    Profile,
+    given_flags,
+    read_profile,
+    resolve,
+    shipped_profiles,
+    vllm_arguments,
+    workers,
+)
 
 
 def profile_file(tmp_path: Path, text: str, name: str = "mine.toml") -> Path:
@@ -73,6 +82,11 @@ def test_the_variable_that_kubernetes_sets_for_a_service_named_qvq_is_explained(
         ("tp = true", "tp is True, and must be an integer"),
         ("tp = ", "is not TOML"),
         ("[hardware]\ngpu = 4", "unknown key 'gpu' in [hardware]. Did you mean 'gpus'?"),
+        ("hardware = 3", "hardware is 3, and must be a table"),
+        ("vllm = 'x'", "vllm is 'x', and must be a table"),
+        ("description = 5", "description is 5, and must be text"),
+        ('[hardware]\ngpus = "2"', "gpus in [hardware] is '2', and must be an integer"),
+        ("[vllm]\ncompilation-config = {a = 2020-01-01}", "[vllm] has what no flag can take"),
     ],
 )
 def test_a_file_that_cannot_be_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
@@ -111,6 +125,22 @@ def test_the_key_comes_from_the_first_line_of_its_file(tmp_path: Path) -> None:
         Profile(api_key_file=str(file)).key()
     with pytest.raises(UsageError, match="/none/key cannot be read"):
         Profile(api_key_file="/none/key").key()
+
+
+def test_a_profile_was_made_for_its_own_split_and_precision(tmp_path: Path) -> None:
+    """--profile qvq72b_h200x4_bf16 --tp 2 was refused on two cards, as that profile needs four."""
+    file = read_profile(profile_file(tmp_path, "tp = 4\nmax_images = 2\n[hardware]\ngpus = 4"))
+    assert resolve({"max_images": "3"}, {}, (file,)).hardware.gpus == 4
+    assert resolve({"tp": "2"}, {}, (file,)).hardware.gpus == 0
+
+
+def test_flags_of_vllms_are_read_as_vllm_reads_them() -> None:
+    given = given_flags(("--enforce-eager", "-dp", "2", "--attention-config.backend", "X", "--no-enforce-eager"))
+    assert "--enforce-eager" not in given
+    assert (given["--data-parallel-size"], given["--attention-config"]) == ("2", "X")
+    assert workers(Profile(tp=4, vllm=("-dp", "2"))) == 8
+    with pytest.raises(UsageError, match="--data-parallel-size two"):
+        workers(Profile(vllm=("-dp", "two")))
 
 
 def test_shipped_profiles_are_sound_and_say_whether_they_were_run() -> None:
