@@ -195,7 +195,7 @@ class Profile:
         if self.api_key_file is None:
             return self.api_key
         try:
-            lines = Path(self.api_key_file).read_text().splitlines()
+            lines = Path(self.api_key_file).read_text("utf-8-sig").splitlines()
         except OSError as error:
             raise UsageError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:

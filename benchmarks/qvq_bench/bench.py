@@ -129,7 +129,13 @@ class Bench:
         self.prepared = Prepared(self.workload)
         try:
             self.model = self.model or await first_model(self.session, self.target)
-            self.before = await self.watch()
+            try:
+                self.before = await self.watch()
+            except ConnectionError as error:
+                raise UsageError(
+                    f"--metrics-url {self.target.metrics}: nothing answers there ({error}); give the address of the "
+                    "server's /metrics."
+                ) from None
         except BaseException as error:
             await self.__aexit__()
             if isinstance(error, ConnectionError):
@@ -170,7 +176,10 @@ class Bench:
         """Waits until nothing runs: what a step left behind must not be measured with the next."""
         until = time.monotonic() + IDLE_TIMEOUT_S
         while time.monotonic() < until:
-            now = await self.watch()
+            try:
+                now = await self.watch()
+            except ConnectionError:
+                return  # no metrics, for now: nothing can be told
             if not now.get("running") and not now.get("waiting"):
                 return
             await asyncio.sleep(0.2)

@@ -3,18 +3,21 @@
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from qvq_bench import EXIT_INTERRUPTED
 from qvq_serve import __version__
 from qvq_serve.cli import Parser
 from qvq_serve.errors import QvqError, UsageError
 
+MOST_LOAD = 100_000
 SLO = "ttft_p95=10s,tpot_p95=100ms,ok=99%"
 
 
@@ -199,13 +202,13 @@ def plan_of(options: argparse.Namespace) -> Any:
     from qvq_bench.bench import Plan
 
     for name in ("requests", "seconds", "sample_every", "timeout"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be more than 0.")
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be more than 0, and finite.")
     if options.requests is None and options.seconds is None:
         raise UsageError("how long a step is: give --requests N or --seconds S.")
     if options.no_drain and options.seconds is None:
         raise UsageError("--no-drain: needs --seconds, the end at which to cut off.")
-    if options.warmup < 0 or (options.warmup and options.seconds is None):
+    if not 0 <= options.warmup < math.inf or (options.warmup and options.seconds is None):
         raise UsageError(f"--warmup {options.warmup:g}: must be 0 or more, and needs --seconds.")
     return Plan(options.requests, options.seconds, options.warmup, not options.no_drain, options.sample_every)
 
@@ -214,15 +217,19 @@ def target_of(options: argparse.Namespace) -> Any:
     from qvq_bench.bench import Target
 
     key = options.key or os.environ.get("QVQ_API_KEY")
-    if not options.url.startswith(("http://", "https://")):
+    try:
+        host = urlsplit(options.url).hostname
+    except ValueError:
+        host = None
+    if not options.url.startswith(("http://", "https://")) or not host:
         raise UsageError(f"--url {options.url}: give a URL such as http://127.0.0.1:8000.")
     return Target(options.url.rstrip("/").removesuffix("/v1"), key, options.model, options.metrics_url, options.timeout)
 
 
 def checked_load(name: str, load: float, workload: Any) -> float:
     """A load that can be. Raises UsageError for one that cannot."""
-    if load <= 0:
-        raise UsageError(f"{name} {load:g}: must be more than 0.")
+    if not 0 < load <= MOST_LOAD:
+        raise UsageError(f"{name} {load:g}: must be more than 0, and at most {MOST_LOAD:g}.")
     if workload.arrivals["kind"] == "closed" and load != int(load):
         raise UsageError(
             f"{name} {load:g}: users of a closed loop are whole numbers; rates need --arrivals, e.g. poisson."

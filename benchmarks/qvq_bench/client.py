@@ -173,6 +173,8 @@ async def ask(send: Send, body: dict[str, Any], row: Row) -> None:
         row.outcome, row.message = ("incomplete" if row.chunks else "error"), f"{type(error).__name__}: {error}"
     except ValueError as error:
         row.outcome, row.message = "error", f"an event that is no JSON: {error}"
+    except (TypeError, AttributeError) as error:
+        row.outcome, row.message = "error", f"an event that is none of a chat completion's: {error}"
     finally:
         row.end = clock()
 

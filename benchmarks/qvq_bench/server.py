@@ -76,7 +76,10 @@ class Watcher:
         with connection_errors():
             async with self.session.get(self.url, timeout=aiohttp.ClientTimeout(total=5)) as response:
                 text = await response.text() if response.status == 200 else ""
-        return parse(text) | self.local()
+        try:
+            return parse(text) | self.local()
+        except ValueError:  # no page of metrics
+            return self.local()
 
 
 def local_figures() -> Callable[[], dict[str, Any]]:

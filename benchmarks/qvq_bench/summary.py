@@ -34,8 +34,8 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
     window = max(made.stop - made.start, 0.0)
     alive = [row for row in made.rows if row.end is None or row.end >= made.start]
     per_chunk = tokens_per_chunk(alive)
-    inside = {row.index: tokens_between(row, made.start, made.stop, per_chunk) for row in alive}
-    output = sum(inside.values())
+    inside = {row.index: tokens_between(row, made.start, made.stop, per_chunk or 0.0) for row in alive}
+    output = None if per_chunk is None and any(row.chunks for row in alive) else sum(inside.values())
     outcomes = Counter(row.outcome for row in alive)
     ended = sum(outcomes[name] for name in OUTCOMES)
     seen = [sample for sample in made.samples if made.start <= sample["at"] <= made.stop] or made.samples[-1:]
@@ -81,8 +81,8 @@ def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
     )
 
 
-def rate(amount: float, seconds: float) -> float | None:
-    return amount / seconds if seconds > 0 else None
+def rate(amount: float | None, seconds: float) -> float | None:
+    return amount / seconds if amount is not None and seconds > 0 else None
 
 
 def first(samples: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -90,11 +90,11 @@ def first(samples: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next((sample[name] for sample in samples if name in sample), {})
 
 
-def tokens_per_chunk(rows: list[Row]) -> float:
-    """Tokens of a chunk of text, of the requests whose tokens are known; 1 where none is."""
+def tokens_per_chunk(rows: list[Row]) -> float | None:
+    """Tokens of a chunk of text, of the requests whose tokens are known; None where none is."""
     known = [row for row in rows if row.output_tokens is not None and row.chunks]
     chunks = sum(row.chunks for row in known)
-    return sum(row.output_tokens or 0 for row in known) / chunks if chunks else 1.0
+    return sum(row.output_tokens or 0 for row in known) / chunks if chunks else None
 
 
 def tokens_between(row: Row, start: float, stop: float, per_chunk: float) -> float:
@@ -107,7 +107,7 @@ def tokens_between(row: Row, start: float, stop: float, per_chunk: float) -> flo
     return float(np.searchsorted(times, stop, "right") - np.searchsorted(times, start, "left")) * share
 
 
-def values(made: Measured, alive: list[Row], name: str, per_chunk: float) -> list[float]:
+def values(made: Measured, alive: list[Row], name: str, per_chunk: float | None) -> list[float]:
     """A latency's values of the requests that count for it, in seconds.
 
     Of a request that the load's end cut off, the time per token is that between its chunks, by the tokens of a chunk.
@@ -117,7 +117,11 @@ def values(made: Measured, alive: list[Row], name: str, per_chunk: float) -> lis
     at_start = name in ("time_to_first_token", "time_to_first_answer_token", "client_queue")
     rows = [row for row in alive if not at_start or (row.sent or 0.0) >= made.start]
     found = [getattr(row, name) for row in rows]
-    if name == "time_per_output_token":
+    if name == "time_to_first_token":  # cut off without one, after a longer wait than any: at least that long
+        longest = max((value for value in found if value is not None), default=0.0)
+        waited = [made.stop - (row.sent or 0.0) for row in rows if row.outcome == UNFINISHED and row.first is None]
+        found += [seconds for seconds in waited if seconds > longest]
+    if name == "time_per_output_token" and per_chunk is not None:
         finished = [row.chunks for row in alive if row.outcome == "ok"]
         least = float(np.median(finished)) / 2 if finished else LEAST_CHUNKS
         for row in rows:
@@ -172,13 +176,14 @@ def useful(alive: list[Row], inside: dict[int, float], done: list[Row], window: 
             ended[way(row)] += 1
     total = sum(by_way.values())
     answered = sum(by_way[name] for name in OWN_ANSWER)
+    lengths = [row.output_tokens for row in alive if row.output_tokens is not None and way(row) in OWN_ANSWER]
     return {
         "answers_per_second": rate(sum(way(row) in OWN_ANSWER for row in done), window),
         "output_tokens_per_second": rate(answered, window),
         "share": answered / total if total else None,
         "lost": {name: count / total for name, count in by_way.items() if name not in OWN_ANSWER and total},
         "ended": dict(ended),
-        "tokens_per_answer": answered / n if (n := sum(ended[name] for name in OWN_ANSWER)) else None,
+        "tokens_per_answer": sum(lengths) / len(lengths) if lengths else None,
     }
 
 
@@ -193,9 +198,9 @@ def mean(samples: list[dict[str, Any]], name: str) -> float | None:
 
 
 def grown(samples: list[dict[str, Any]], name: str) -> float | None:
-    """How much a counter grew from the first sample to the last."""
+    """How much a counter grew from the first sample to the last; None where the server began it again."""
     found = [sample[name] for sample in samples if name in sample]
-    return found[-1] - found[0] if found else None
+    return found[-1] - found[0] if found and found[-1] >= found[0] else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -251,13 +256,13 @@ def lowest_host(seen: list[dict[str, Any]]) -> float | None:
 
 
 def reached(
-    seen: list[dict[str, Any]], alive: list[Row], window: float, output: float, memory: dict[str, Any]
+    seen: list[dict[str, Any]], alive: list[Row], window: float, output: float | None, memory: dict[str, Any]
 ) -> dict[str, float | None]:
     """The shares of the ceiling, and decode steps a second: tokens a second over the requests that ran."""
     running, capacity, usage = memory["running_mean"], memory["kv_capacity_tokens"], memory["kv_usage_mean"]
-    steps = output / window / running if running and window else None
+    steps = output / window / running if output is not None and running and window else None
     prompts = [row for row in alive if row.first is not None and seen and seen[0]["at"] <= row.first]
-    if steps is None or not capacity or usage is None:
+    if output is None or steps is None or not capacity or usage is None:
         return {"steps_per_second": steps, "mbu": None, "mfu": None}
     cached = grown(seen, "prompt_tokens_cached") or 0.0
     found = ceiling.shares(

@@ -74,7 +74,10 @@ class Objective:
             failed.append(f"{memory['preemptions']:.0f} preemptions")
             worst = min(worst, 1 / CLOSE**2)
         usage = memory["kv_usage_peak"]
-        if usage is not None and 1 - usage < self.min_headroom:
+        if usage is None and self.min_headroom:
+            failed.append("KV headroom was not measured")
+            worst = 0.0
+        elif usage is not None and 1 - usage < self.min_headroom:
             failed.append(f"KV headroom {1 - usage:.1%} < {self.min_headroom:.1%}")
             worst = min(worst, (1 - usage) / self.min_headroom)
         return Verdict(not failed, worst, failed, summary["client"]["valid"])
@@ -156,7 +159,8 @@ class Capacity:
 
 def so_far(levels: list[Level], why: str) -> Capacity:
     """What is known of the capacity: the lowest load that did not hold, and the highest below it that did."""
-    high = min((level.load for level in levels if not level.holds), default=None)
+    measured = [level for level in levels if all(verdict.valid for verdict in level.verdicts)]
+    high = min((level.load for level in measured if not level.holds), default=None)
     low = max((level.load for level in levels if level.holds and level.load < (high or math.inf)), default=None)
     verdicts = next((level.verdicts for level in levels if level.load == low), [])
     confidence = sum(verdict.holds for verdict in verdicts) / len(verdicts) if verdicts else None
@@ -215,8 +219,8 @@ async def find_capacity(
                 await level(load, repeats)
                 return so_far(list(levels.values()), "lowest")
             load = lower
-        elif high / low > 1 + tolerance and not (whole and high - low <= 1):
-            load = rounded(math.sqrt(low * high), whole)
+        elif high / low > 1 + tolerance and low < (middle := rounded(math.sqrt(low * high), whole)) < high:
+            load = middle
         else:  # both neighbours must stand when they are measured again
             if not (await level(low, repeats)).holds:
                 high = low

@@ -39,6 +39,7 @@ OURS = {"length": "length", "repetition": "looped", "abort": "timeout"}
 OPENAI = {"repetition": "stop", "abort": "length"}
 """What OpenAI's clients know, for what only vLLM has."""
 TIMED_OUT = "timed out"
+ABORT_AGAIN_S = 0.2
 
 
 OBJECTS = {
@@ -64,6 +65,8 @@ class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
         for name in OBJECTS if isinstance(data, dict) else ():
             if data.get(name) is not None and not isinstance(data[name], dict):
                 raise ValueError(f"{name} must be an object, for example {OBJECTS[name]}")
+        if isinstance(data, dict):
+            limits.check_body(data)
         return data
 
 
@@ -100,6 +103,9 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     except Refuse as refusal:
         metrics.REJECTED.labels("request").inc()
         return JSONResponse(error(refusal.message, refusal.status), refusal.status)
+    except Stop as stop:  # before there is an answer to end
+        metrics.REJECTED.labels("request").inc()
+        return JSONResponse(error(f"a hook stopped the request: {dict(stop.details)}", 403), 403)
     except HookFailed as failure:
         return JSONResponse(error(str(failure), 500), 500)
     except asyncio.CancelledError:  # the client went away
@@ -107,13 +113,26 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         raise
     finally:
         if not streaming:
-            timer.cancel()
+            stop_timer(context, timer)
     return StreamingResponse(streamed(context, chain, made, timer), media_type=EVENT_STREAM)
 
 
 def time_is_up(context: Context, engine: Any) -> None:
     """End a request whose time is over: vLLM finishes it with what there is."""
-    context.state[TIMED_OUT] = asyncio.create_task(engine.abort(f"chatcmpl-{context.request.request_id}"))
+
+    async def abort() -> None:
+        while True:  # its image or the guard may be waited for, and the engine know nothing of it yet
+            await engine.abort(f"chatcmpl-{context.request.request_id}")
+            await asyncio.sleep(ABORT_AGAIN_S)
+
+    context.state[TIMED_OUT] = asyncio.create_task(abort())
+
+
+def stop_timer(context: Context, timer: asyncio.TimerHandle) -> None:
+    """The request is over, or handed to its stream."""
+    timer.cancel()
+    if aborting := context.state.get(TIMED_OUT):
+        aborting.cancel()
 
 
 def salted(salt: str | None, owner: str | None) -> str | None:
@@ -235,14 +254,15 @@ async def streamed(
                 yield closing(last, index, answer.qvq, several)
             open_choices.clear()
             yield DONE
-    except HookFailed as failure:
+    except (HookFailed, Refuse) as failure:
         metrics.ANSWERS.labels("error").inc(len(open_choices))
         open_choices.clear()
-        yield f"{DATA}{json.dumps(error(str(failure), 500))}\n\n{DONE}"
+        status = failure.status if isinstance(failure, Refuse) else 500
+        yield f"{DATA}{json.dumps(error(str(failure), status))}\n\n{DONE}"
     finally:
         if open_choices:  # the client went away
             metrics.ANSWERS.labels("cancelled").inc(len(open_choices))
-        timer.cancel()
+        stop_timer(context, timer)
         await events.aclose()
 
 

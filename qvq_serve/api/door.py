@@ -54,9 +54,9 @@ class Keys:
             stamp = (stat.st_mtime_ns, stat.st_size)
             if stamp == self.stamp:
                 return
-            lines = [line.strip() for line in self.file.read_text().splitlines()]
-        except OSError as error:
-            log.warning("the file of keys cannot be read (%s); the keys stay as they are", error.strerror)
+            lines = [line.strip() for line in self.file.read_text("utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            log.warning("the file of keys cannot be read (%s); the keys stay as they are", error)
             return
         self.stamp = stamp
         if found := [digest(line) for line in lines if line and not line.startswith("#")]:

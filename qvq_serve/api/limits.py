@@ -33,7 +33,40 @@ MOST_LOGIT_BIAS, MOST_ALLOWED_TOKENS, MOST_STOP_IDS = 1024, 1024, 120
 MOST_BAD_WORDS, MOST_STOP_CHARACTERS = 64, 256
 MOST_GRAMMAR_CHARACTERS = 50_000
 MOST_LOOP_PATTERN = 128
-MOST_MESSAGES = 512
+MOST_MESSAGES, MOST_PARTS = 512, 1024
+MOST_INT = 2**31 - 1
+"""vLLM hands these to the engine as 64-bit integers; what is larger is no count of tokens."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PARTS = ("text", "image_url")
+REFUSED_LATER = ("video_url", "audio_url")
+"""With a reason of their own."""
+TEXTS = ("stop", "bad_words", "chat_template_kwargs")
+
+
+def check_body(body: dict[str, Any]) -> None:
+    """Bounds of a body as it came, before vLLM's own model reads it, lazily and at length. Raises ValueError."""
+    for name in TEXTS:
+        try:
+            json.dumps(body.get(name), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} has half of a surrogate pair, which is no character") from None
+    parts, messages = 0, body.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list):
+            continue
+        parts += len(content)
+        if parts > MOST_PARTS:
+            raise ValueError(f"the messages have more than {MOST_PARTS} parts, the most that this server takes")
+        for part in content:
+            known = part if isinstance(part, dict) else {}
+            kind = known.get("type", next((name for name in PARTS if name in known), None))
+            if kind not in (*PARTS, *REFUSED_LATER):
+                raise ValueError(
+                    f"messages[{number}] has a part of type {kind!r}; it must be one of {', '.join(PARTS)}"
+                )
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"messages[{number}] has a part of type 'text' whose text is no string")
 
 
 def check(request: Any, profile: Profile) -> None:
@@ -46,6 +79,11 @@ def check(request: Any, profile: Profile) -> None:
     for name, reason in REFUSED.items():
         if getattr(request, name, None):
             raise Refuse(f"the field '{name}' is not taken: {reason}")
+    for message in request.messages:
+        if message["role"] not in ROLES:
+            raise Refuse(f"the role '{message['role']}' is not known; it must be one of {', '.join(ROLES)}")
+    if "system_prompt" in (request.chat_template_kwargs or {}):
+        raise Refuse("chat_template_kwargs.system_prompt is the server's; send a message of the role 'system'")
     for name, found, most in sizes(request, profile):
         if found > most:
             raise Refuse(f"{name} is {found}; this server takes at most {most}")
@@ -77,6 +115,9 @@ def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
         ("the length of logprob_token_ids", len(request.logprob_token_ids or ()), MOST_ALLOWED_TOKENS),
         ("the length of bad_words", len(request.bad_words or ()), MOST_BAD_WORDS),
         ("the length of a stop string", max(map(len, stops), default=0), MOST_STOP_CHARACTERS),
+        ("the length of a bad word", max(map(len, request.bad_words or ()), default=0), MOST_STOP_CHARACTERS),
+        ("thinking_token_budget", request.thinking_token_budget or 0, MOST_INT),
+        ("repetition_detection.min_count", loop.min_count if loop else 0, MOST_INT),
         ("repetition_detection.max_pattern_size", loop.max_pattern_size if loop else 0, MOST_LOOP_PATTERN),
         ("min_tokens", request.min_tokens, profile.max_output_tokens),
     ]

@@ -154,6 +154,13 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         raise MediaError("audio is not supported: QVQ takes images only")
 
 
+Image.init()
+FORMATS = [
+    name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
+]
+"""What Pillow is asked to read: not ICO and ICNS, which it decodes before their size can be looked at."""
+
+
 def decoded(url: str, most_bytes: int) -> bytes:
     """The bytes of a data URL. Raises FetchError."""
     head, comma, data = url.partition(",")
@@ -172,12 +179,15 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
                 width, height = image.size
+                mode = image.mode
         except UnidentifiedImageError:
             raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:
         raise FetchError(f"has {width}x{height} px, above the {most_pixels} that this server decodes")
+    if mode.startswith("I") or mode == "F":  # Pillow cuts these off at 255: a white picture
+        raise FetchError(f"has the mode {mode}, more than 8 bits a channel; save it with 8")
     return media.load_bytes(content)
 
 

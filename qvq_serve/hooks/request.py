@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from qvq_serve.hooks import Context, Hook
+from qvq_serve.hooks import Context, Hook, Refuse
 from qvq_serve.hooks.markers import ENDED, MARKERS
 from qvq_serve.profile import Profile
 
@@ -32,13 +32,18 @@ class RequestDefaults(Hook):
         most, asked = self.profile.thinking_budget, request.thinking_token_budget
         if most is not None:
             request.thinking_token_budget = most if asked is None or asked < 0 else min(asked, most)
-        grammar = request.extract_structured_outputs()
+        try:
+            grammar = request.extract_structured_outputs()
+            behind = None if grammar is None or is_answering(request) else behind_reasoning(grammar)
+        except ValueError as error:
+            raise Refuse(f"the grammar cannot be read: {error}") from None
         if grammar is None and request.repetition_detection is None and self.profile.loop_pattern:
             request.repetition_detection = loop_detection(self.profile.loop_pattern)
             context.state[DEFAULT_LOOPS] = True
-        if grammar is None or is_answering(request):
-            return  # with a grammar the budget ends a loop, so that its answer comes
-        request.structured_outputs, request.response_format = behind_reasoning(grammar), None
+        if behind is None:
+            return
+        # With a grammar the budget ends a loop, so that its answer comes.
+        request.structured_outputs, request.response_format = behind, None
         if request.thinking_token_budget is None:
             output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
             request.thinking_token_budget = int(min(output, self.profile.max_output_tokens) * SHARE_OF_REASONING)

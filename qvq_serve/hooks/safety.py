@@ -51,6 +51,13 @@ def parse_verdict(text: str) -> Verdict | None:
     return None
 
 
+def joined(a: Any, b: Any) -> Any:
+    """The contents of two messages, each a text or parts, as one."""
+    if isinstance(a, str) and isinstance(b, str):
+        return f"{a}\n{b}"
+    return [part for one in (a, b) for part in ([{"type": "text", "text": one}] if isinstance(one, str) else one)]
+
+
 class Guard(Hook):
     """Refuses a prompt, and stops a reasoning or an answer, that the guard model calls unsafe."""
 
@@ -107,16 +114,23 @@ class Guard(Hook):
             raise Stop(guard={"part": part, "verdict": found.verdict, "categories": list(found.categories)})
 
     async def conversation(self, context: Context) -> list[dict[str, Any]]:
-        """The request's user and assistant turns, their images only where the guard sees them."""
+        """The request's turns, their images only where the guard sees them.
+
+        What is not the model's own is a user's, a system message too: the client wrote it. Guards want turns that
+        alternate.
+        """
         images = bool(SEES_IMAGES.search(await self.model_name()))
-        turns = []
+        turns: list[dict[str, Any]] = []
         for message in context.request.messages:
             content = message.get("content") or ""
             if isinstance(content, list):
                 parts = [part for part in content if part.get("type") == "text" or (images and "image_url" in part)]
                 content = parts if images else "\n".join(part["text"] for part in parts)
-            if message["role"] in ("user", "assistant") and content:
-                turns.append({"role": message["role"], "content": content})
+            role = "assistant" if message["role"] == "assistant" else "user"
+            if content and turns and turns[-1]["role"] == role:
+                turns[-1]["content"] = joined(turns[-1]["content"], content)
+            elif content:
+                turns.append({"role": role, "content": content})
         return turns or [{"role": "user", "content": ""}]
 
     async def model_name(self) -> str:

@@ -1,7 +1,9 @@
 """A request that cannot be gets an OpenAI error object with the right status, and the server lives."""
 
 import base64
+import io
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -61,6 +63,38 @@ def test_an_image_of_too_many_bytes_or_pixels_is_refused_before_it_is_decoded(se
     assert len(bomb) < 100_000
     assert "has 9000x9000 px, above the 50000000 that this server decodes" in refused(server, inline(bomb), "What?")
     assert "has more than 20000000 bytes" in refused(server, inline(b"x" * 20_000_001), "What?")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_an_image_of_more_than_eight_bits_is_refused(server: Server, mode: str) -> None:
+    """The model saw white: Pillow cuts what is above 255 off."""
+    content = io.BytesIO()
+    photo(64, 64).convert("L").convert(mode).save(content, "TIFF")
+    assert f"has the mode {mode}, more than 8 bits a channel" in refused(server, inline(content.getvalue()), "What?")
+
+
+def test_an_icon_is_refused_before_it_is_decoded(server: Server) -> None:
+    content = io.BytesIO()
+    photo(64, 64).save(content, "ICO")
+    assert "it is no image of a kind that is known here" in refused(server, inline(content.getvalue()), "What?")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"structured_outputs": {"json": "{"}}, "the grammar cannot be read"),
+        ({"thinking_token_budget": 2**70}, "thinking_token_budget"),
+        ({"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}}, "min_count"),
+        ({"bad_words": ["word " * 100]}, "the length of a bad word is 500; this server takes at most 256"),
+        ({"chat_template_kwargs": {"system_prompt": "Past the guard."}}, "chat_template_kwargs.system_prompt is the"),
+        ({"messages": [{"role": "User", "content": "Hi"}]}, "the role 'User' is not known"),
+    ],
+)
+def test_what_was_a_500_or_went_past_the_guard_is_a_400(server: Server, body: dict[str, Any], message: str) -> None:
+    answer = (
+        server.chat(**({"messages": [user("Hi")]} | body)) if "messages" in body else server.chat(user("Hi"), **body)
+    )
+    assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True), answer.text
 
 
 @pytest.mark.parametrize(

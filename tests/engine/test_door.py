@@ -1,5 +1,6 @@
 """What the door lets in: keys, routes, bounds, and what it says; on the shared server unless a start is needed."""
 
+import asyncio
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -230,3 +232,28 @@ def test_tenants_share_no_prefix_and_one_tenant_does(keyed: tuple[Server, Path])
         counts.append(hits() - before)
     assert counts[:2] == [0, 0]
     assert counts[2] > 100
+
+
+def test_a_request_whose_time_is_up_before_the_engine_has_it_is_ended_later() -> None:
+    """An image that came slowly, and the one abort was of a request that vLLM did not know: it ran to its length."""
+    from qvq_serve.api import chat
+    from qvq_serve.hooks import Context
+
+    class Engine:
+        aborts = 0
+
+        async def abort(self, name: str) -> None:
+            assert name == "chatcmpl-a"
+            self.aborts += 1
+
+    async def late() -> tuple[int, int]:
+        engine, context = Engine(), Context(SimpleNamespace(request_id="a"))
+        timer = asyncio.get_running_loop().call_later(0.0, chat.time_is_up, context, engine)
+        await asyncio.sleep(3.5 * chat.ABORT_AGAIN_S)
+        chat.stop_timer(context, timer)
+        seen = engine.aborts
+        await asyncio.sleep(2 * chat.ABORT_AGAIN_S)
+        return seen, engine.aborts
+
+    seen, then = asyncio.run(late())
+    assert (seen >= 3, then) == (True, seen)

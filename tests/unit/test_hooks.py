@@ -160,4 +160,5 @@ def test_a_guard_that_sees_gets_the_images_and_others_the_texts(model: str, imag
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": [image, text]}]
     guard = Guard(Profile(guard_url="http://guard", guard_model=model))
     (turn,) = asyncio.run(guard.conversation(Context(SimpleNamespace(messages=messages))))
-    assert turn == {"role": "user", "content": [image, text] if images else "Is this safe?"}
+    system = {"type": "text", "text": "Think."}
+    assert turn == {"role": "user", "content": [system, image, text] if images else "Think.\nIs this safe?"}

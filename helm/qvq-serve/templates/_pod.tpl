@@ -105,7 +105,9 @@ spec:
           valueFrom: {fieldRef: {fieldPath: status.podIP}}
         {{- end }}
         {{- range $key, $value := $v.settings }}
-        - {name: QVQ_{{ upper $key }}, value: {{ toString $value | quote }}}
+        {{- /* A values file's whole numbers are floats to Helm, which prints 1e+06. */}}
+        {{- $whole := and (kindIs "float64" $value) (eq (toString (floor $value)) (toString $value)) }}
+        - {name: QVQ_{{ upper $key }}, value: {{ ternary (int64 $value) $value $whole | toString | quote }}}
         {{- end }}
         {{- with $v.extraEnv }}
         {{- toYaml . | nindent 8 }}

@@ -1,0 +1,51 @@
+"""What a body may hold, before vLLM's own model reads it; the rest is in tests/engine/test_fuzz.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvq_serve.api.door import Keys, digest
+from qvq_serve.api.limits import check_body
+from qvq_serve.profile import Profile
+
+
+def body(*parts: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}], **more}
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (body({"type": "text", "text": 5}), "messages[0] has a part of type 'text' whose text is no string"),
+        (body({"type": "text"}), "whose text is no string"),
+        (body("text"), "messages[0] has a part of type None; it must be one of text, image_url"),
+        (body({"type": "refusal", "refusal": "past the guard"}), "has a part of type 'refusal'"),
+        (body({"type": "input_text", "text": "past the guard"}), "has a part of type 'input_text'"),
+        (body(*[{"type": "text", "text": "a"}] * 1025), "more than 1024 parts"),
+        (body(stop=["\ud800"]), "stop has half of a surrogate pair"),
+        (body(bad_words=["\ud800"]), "bad_words has half"),
+        (body(chat_template_kwargs={"\ud800": 1}), "chat_template_kwargs has half"),
+    ],
+)
+def test_what_no_client_may_send_is_named(sent: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_body(sent)
+    assert message in str(error.value)
+
+
+def test_ordinary_bodies_pass() -> None:
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for sent in (body({"type": "text", "text": "a"}, image), body({"text": "a"}), {"messages": "no list"}, {}):
+        check_body(sent)
+
+
+def test_a_file_of_keys_that_is_no_text_leaves_the_keys_as_they_are(tmp_path: Path) -> None:
+    """Each request with a valid key got a 400 with the decoder's error."""
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffsk-a\n".encode())
+    keys = Keys(Profile(api_key_file=str(file)), None)
+    assert keys.owner("Bearer sk-a") == digest("sk-a")
+    file.write_bytes("sk-a\n# schlüssel\nsk-b\n".encode("latin-1"))
+    assert keys.owner("Bearer sk-a") == digest("sk-a")
+    assert keys.owner("Bearer sk-b") is None
