@@ -143,6 +143,12 @@ def test_ctrl_c_keeps_what_was_measured_and_a_sweep_goes_on_from_there(url: str,
         (["run", "--requests", "3", "--no-drain"], "--no-drain: needs --seconds"),
         (["run", "--requests", "3", "--load", "1.5"], "--load 1.5: users of a closed loop are whole numbers"),
         (["run", "--requests", "3", "--load", "-1"], "--load -1: must be more than 0"),
+        (["run", "--requests", "3", "--load", "nan"], "--load nan: must be more than 0, and at most 100000"),
+        (["run", "--requests", "3", "--load", "1e18"], "--load 1e+18: must be more than 0, and at most 100000"),
+        (["run", "--seconds", "nan"], "--seconds nan: must be more than 0, and finite"),
+        (["run", "--requests", "3", "--url", "http://[bad"], "--url http://[bad: give a URL such as"),
+        (["run", "--requests", "3", "--out", "/proc/nope/x.json"], "/proc/nope/x.json: the result cannot be written"),
+        (["run", "--requests", "3", "--out", "/tmp"], "/tmp: the result cannot be written: Is a directory"),
         (["run", "--requests", "3", "--workload", "qvq-lang"], "Did you mean 'qvq-long'?"),
         (["run", "--requests", "3", "--arrivals", "poison"], "poisson"),
         (["run", "--requests", "3", "--url", "localhost"], "--url localhost: give a URL such as"),
@@ -206,3 +212,38 @@ def test_what_did_not_measure_the_same_is_not_compared(swept: Path, url: str, tm
     assert done.returncode == 2 and "the results cannot be compared: workload: " in done.stderr
     assert "seed: 1 and 9" in done.stderr
     assert last_line(bench("compare", swept, other, "--anyway"))["capacity_ratio"] == 1.0
+
+
+def test_another_model_is_no_sweep_to_go_on_with(swept: Path, url: str, tmp_path: Path) -> None:
+    out = tmp_path / "other.json"
+    found = json.loads(swept.read_text())
+    found["target"]["model"] = "another"
+    out.write_text(json.dumps(found))
+    done = sweep(url, out, "--resume")
+    assert (done.returncode, "it measured the model another, not " in done.stderr) == (2, True), done.stderr
+
+
+def test_a_file_that_is_no_whole_result_is_named(swept: Path, tmp_path: Path) -> None:
+    found, broken = json.loads(swept.read_text()), tmp_path / "broken.json"
+    for change in ({"kind": "quality"}, {"steps": [{"load": 1}]}, {"steps": None}):
+        broken.write_text(json.dumps(found | change))
+        for command in (("report", broken), ("compare", swept, broken)):
+            done = bench(*command)
+            assert (done.returncode, f"{broken}: is no result of" in done.stderr) == (2, True), done.stderr
+
+
+def test_results_of_another_objective_or_of_no_common_load_are_not_compared(swept: Path, tmp_path: Path) -> None:
+    found, other = json.loads(swept.read_text()), tmp_path / "other.json"
+    other.write_text(json.dumps(found | {"objective": found["objective"] | {"text": "ok=50%"}}))
+    done = bench("compare", swept, other)
+    assert (done.returncode, "cannot be compared: objective: " in done.stderr) == (2, True), done.stderr
+    other.write_text(json.dumps(found | {"steps": [step | {"load": step["load"] + 100} for step in found["steps"]]}))
+    done = bench("compare", swept, other)
+    assert (done.returncode, "no load in common" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_server_that_listens_already_is_not_measured_for_another(url: str, tmp_path: Path) -> None:
+    port = url.rsplit(":", 1)[1]
+    done = bench("serve-and-sweep", "--serve=--demo", "--port", port, "--requests", "3", "--out", tmp_path / "out")
+    assert (done.returncode > 0, f"--port {port}: something listens there already" in done.stderr) == (True, True)
+    assert not list((tmp_path / "out").glob("*.json"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from qvq_bench.arrivals import due_times
 from qvq_bench.load import Load, Measured, run_load
-from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, histogram, summarise, unsettled
+from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, grown, histogram, summarise, unsettled
 from qvq_bench.workload import Request, Workload, load_workload
 
 from tests.bench.fake import Plan
@@ -228,3 +228,39 @@ def test_a_histogram_has_every_value_in_its_bin() -> None:
             low * 10 ** (int(n) / BINS_PER_DECADE) * 0.999 <= value <= high * 10 ** (int(n) / BINS_PER_DECADE) * 1.001
             for n in bins
         )
+
+
+def test_a_closed_loop_that_waits_for_its_own_requests_is_not_valid() -> None:
+    """16 users of whom three were on the server, and `valid`: the wait for an image that was drawn was nobody's."""
+
+    async def slow(index: int) -> Request:
+        await asyncio.sleep(0.4)
+        return await empty_request(index)
+
+    async def one() -> Measured:
+        return await run_load(sender(lambda _: Plan()), slow, Load(2, requests=8), "m")
+
+    client = summarise(run(one()), 2, judged=True)["client"]
+    assert (client["valid"], client["queue"]["p50"]) == (False, near(0.4))
+
+
+def test_an_answer_that_crosses_the_windows_edge_has_all_its_tokens() -> None:
+    made = measured(Load(2, seconds=1.5), "first=0.2,gap=0.05,chunks=20")
+    assert summarise(made, 2, judged=True)["useful"]["tokens_per_answer"] == near(20)
+
+
+def test_tokens_of_chunks_that_nobody_counted_are_not_told() -> None:
+    """Four tokens a chunk were told as one."""
+    summary = summarise(measured(Load(2, seconds=1.0, drain=False), "first=0.1,gap=0.1,chunks=100"), 2, judged=True)
+    assert (summary["outcomes"]["unfinished"], summary["throughput"]["output_tokens_per_second"]) == (2, None)
+
+
+def test_a_request_that_never_begins_counts_by_its_wait() -> None:
+    plans = iter([Plan(first=0.1), Plan(first=0.1), *[Plan(first=100.0)] * 2])
+    made = run(run_load(sender(lambda _: next(plans)), empty_request, Load(2, seconds=3.0, drain=False), "m"))
+    first = summarise(made, 2, judged=True)["latency"]["time_to_first_token"]
+    assert (first["count"], first["max"] > 2.0) == (4, True)
+
+
+def test_a_counter_that_began_again_has_not_fallen() -> None:
+    assert grown([{"preemptions": 7.0}, {"preemptions": 2.0}], "preemptions") is None

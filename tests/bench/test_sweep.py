@@ -140,3 +140,32 @@ def summary(**changes: Any) -> dict[str, Any]:
 )
 def test_the_limit_that_bound_is_named(bound: str, changes: dict[str, Any], failed: list[str], valid: bool) -> None:
     assert bound_by(summary(**changes), Verdict(False, 0.5, failed, valid)) == bound
+
+
+def test_a_search_finer_than_its_loads_ends() -> None:
+    """It measured the same load again for ever, which nothing but a kill -9 ended."""
+
+    async def measure(load: float, repeat: int) -> Verdict:
+        return Verdict(load <= 3.3, 3.3 / load, [])
+
+    capacity = run(find_capacity(measure, 1.0, 100, whole=False, tolerance=0.0001))
+    assert (capacity.load, capacity.next_load) == (pytest.approx(3.3, rel=1e-3), pytest.approx(3.3, rel=1e-3))
+
+
+def test_a_load_that_the_client_did_not_make_bounds_no_server() -> None:
+    """It was `32 requests/s, bound by client: at 64, `, and exit code 0."""
+
+    async def measure(load: float, repeat: int) -> Verdict:
+        return Verdict(True, 10.0, [], valid=load < 64)
+
+    capacity = run(find_capacity(measure, 1.0, 4096, whole=False))
+    assert (capacity.load, capacity.next_load, capacity.why) == (32.0, None, "client")
+
+
+def test_headroom_that_nobody_measured_does_not_hold() -> None:
+    async def one() -> Any:
+        return await run_load(Simulated().send, empty_request, Load(2, requests=8), "m")
+
+    summary = summarise(run(one()), 2, judged=True)
+    assert Objective.parse(SLO, min_headroom=0.1).judge(summary).failed == ["KV headroom was not measured"]
+    assert Objective.parse(SLO, min_headroom=0.0).judge(summary).holds

@@ -91,9 +91,7 @@ def test_an_icon_is_refused_before_it_is_decoded(server: Server) -> None:
     ],
 )
 def test_what_was_a_500_or_went_past_the_guard_is_a_400(server: Server, body: dict[str, Any], message: str) -> None:
-    answer = (
-        server.chat(**({"messages": [user("Hi")]} | body)) if "messages" in body else server.chat(user("Hi"), **body)
-    )
+    answer = server.chat(user("Hi"), **body)
     assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True), answer.text
 
 

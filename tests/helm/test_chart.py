@@ -342,6 +342,17 @@ def test_the_notes_end_with_the_first_question() -> None:
     assert "QVQ_API_KEY=$(kubectl -n serving get secret qvq-keys" in last
 
 
+def test_large_numbers_of_a_values_file_stay_whole(tmp_path: Path) -> None:
+    """Helm reads them as floats, and QVQ_MAX_BODY_BYTES was "2e+08", which the server refuses again and again."""
+    values = tmp_path / "values.yaml"
+    values.write_text("settings: {max_body_bytes: 200000000, gpu_memory_utilization: 0.9}\nrouter: {enabled: true}\n")
+    done = template("--values", str(values))
+    assert done.returncode == 0, done.stderr
+    assert '{name: QVQ_MAX_BODY_BYTES, value: "200000000"}' in done.stdout
+    assert '{name: QVQ_GPU_MEMORY_UTILIZATION, value: "0.9"}' in done.stdout
+    assert "--max-payload-size=200000001" in done.stdout
+
+
 def test_the_settings_that_the_schema_knows_are_the_profiles() -> None:
     known = json.loads((CHART / "values.schema.json").read_text())["properties"]["settings"]["properties"]
     by_the_chart = {"host", "port", "metrics_port", "drain_timeout", "api_key", "api_key_file", "guard_api_key"}
