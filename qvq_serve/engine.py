@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -155,7 +155,8 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     if gpus and not told_allocator() and expandable_segments(profile):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
         reasons[ALLOCATOR_VARIABLES[0]] = "less of a card is lost to fragments (of an H200 1.1 GB, not 3.4)"
-    environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(profile).items() if k not in SECRET})
+    resolved = replace(profile, max_queued_requests=profile.max_queued_requests or queued)
+    environment[PROFILE_VARIABLE] = json.dumps({k: v for k, v in asdict(resolved).items() if k not in SECRET})
     secrets = {API_KEY_VARIABLE: profile.key(), GUARD_KEY_VARIABLE: profile.guard_api_key}
     return Command(environment, [*argv, *profile.vllm], reasons, {name: key for name, key in secrets.items() if key})
 

@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 
 from qvq_serve import metrics
-from qvq_serve.api import limits
+from qvq_serve.api import lifecycle, limits
 from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
@@ -84,6 +84,12 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     context.state["chain"] = chain
     CONTEXT.set(context)
     profile = launched_profile()
+    # vLLM asks again as the engine gets it, when a stream's 200 may have been sent.
+    if profile.max_queued_requests and lifecycle.STATE.running >= profile.max_queued_requests:
+        told = f"the server has {profile.max_queued_requests} requests, as many as it takes; try again later"
+        return JSONResponse(error(told, 503), 503)
+    lifecycle.STATE.running += 1
+    raw_request.state.qvq_running = True  # until the door sees it off
     request.request_id = f"{getattr(raw_request.state, 'qvq_request_id', '')}-{uuid.uuid4().hex[:8]}".lstrip("-")
     request.cache_salt = salted(request.cache_salt, getattr(raw_request.state, "qvq_owner", None))
     engine = raw_request.app.state.engine_client
@@ -142,7 +148,7 @@ def salted(salt: str | None, owner: str | None) -> str | None:
 
 def error(message: str, status: int) -> dict[str, Any]:
     """An error as vLLM and OpenAI shape it."""
-    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    kind = "BadRequestError" if status < 500 else {503: "ServiceUnavailableError"}.get(status, "InternalServerError")
     shaped: dict[str, Any] = ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status)).model_dump()
     return shaped
 

@@ -127,6 +127,7 @@ class Passage:
         self.started, self.status, self.body_bytes = time.monotonic(), 0, 0
         self.counted = self.sent = False
         self.messages: deque[Message] = deque()
+        self.state: dict[str, Any] = {}
         self.last_sent = self.started
         self.comments: asyncio.Task[None] | None = None
 
@@ -152,8 +153,8 @@ class Passage:
             metrics.IN_FLIGHT.inc()
             self.counted = True
         kept = [(name, value) for name, value in self.scope["headers"] if name.lower() not in DROPPED_HEADERS]
-        return {**self.scope, "headers": kept, "state": {**self.scope.get("state", {}), "qvq_owner": owner,
-                                                          "qvq_request_id": self.id}}  # fmt: skip
+        self.state = {**self.scope.get("state", {}), "qvq_owner": owner, "qvq_request_id": self.id}
+        return {**self.scope, "headers": kept, "state": self.state}
 
     def too_large(self) -> Refusal:
         return Refusal(413, "body", f"the body has more than {self.door.profile.max_body_bytes} bytes")
@@ -226,6 +227,7 @@ class Passage:
         """Count it, and log it: never a prompt, an image or a key."""
         if self.comments:
             self.comments.cancel()
+        lifecycle.STATE.running -= self.state.get("qvq_running", False)
         if self.counted:
             lifecycle.STATE.in_flight -= 1
             metrics.IN_FLIGHT.dec()

@@ -36,6 +36,8 @@ class State:
     ready: bool = False
     draining: bool = False
     in_flight: int = 0
+    running: int = 0
+    """Of those in flight, chats whose body has come: clients that send slowly take nobody's place."""
     finished: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
     """When the last requests ended well (time.monotonic)."""
 

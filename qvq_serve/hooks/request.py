@@ -1,6 +1,7 @@
 """What a request gets before it runs: a thinking budget, an end of loops, a grammar behind the reasoning."""
 
 import json
+import re
 from typing import Any
 
 from qvq_serve.hooks import Context, Hook, Refuse
@@ -15,6 +16,7 @@ DEFAULT_LOOPS = "default detection of loops"
 """Where a request's context says that its detection of loops is the server's, not its own."""
 LOOP_LEAST, LOOP_COUNT = 8, 6
 """A loop: a pattern of at least so many tokens, so many times in a row; zeros of a matrix are none yet."""
+SOURCE_LINE = r"^\[[\d:]+\] \S+: "
 MOST_WHITESPACE = 24
 """Of JSON, in one place: enough for its indentation, and no loop of spaces."""
 
@@ -35,8 +37,8 @@ class RequestDefaults(Hook):
         try:
             grammar = request.extract_structured_outputs()
             behind = None if grammar is None or is_answering(request) else behind_reasoning(grammar)
-        except ValueError as error:
-            raise Refuse(f"the grammar cannot be read: {error}") from None
+        except (ValueError, RuntimeError) as error:  # RuntimeError: xgrammar's, with the line of its source before it
+            raise Refuse(f"the grammar cannot be used: {re.sub(SOURCE_LINE, '', str(error))}") from None
         if grammar is None and request.repetition_detection is None and self.profile.loop_pattern:
             request.repetition_detection = loop_detection(self.profile.loop_pattern)
             context.state[DEFAULT_LOOPS] = True
@@ -64,15 +66,26 @@ def is_answering(request: Any) -> bool:
 def behind_reasoning(grammar: Any) -> Any:
     """Any text up to a marker, then what the grammar describes. The model cannot stop before it has written that.
 
-    vLLM starts a grammar after the reasoning where a parser tells its end by a token; QVQ's ends by words.
+    vLLM starts a grammar after the reasoning where a parser tells its end by a token; QVQ's ends by words. Raises
+    ValueError or RuntimeError for what cannot be compiled, or would not be enforced.
     """
     from vllm.parser.abstract_parser import structured_outputs_to_format
     from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+    from xgrammar import Grammar
 
+    for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+        if getattr(grammar, name):
+            raise ValueError(f"structured_outputs.{name} has no effect behind the reasoning; leave it out")
+    schema = json.loads(grammar.json) if isinstance(grammar.json, str) else grammar.json
+    if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
+        raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
     reasoning = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": list(MARKERS)}
     gap = {"type": "regex", "pattern": "[:：]?[ \\n]{0,4}"}
     answer = structured_outputs_to_format(grammar).model_dump()
     if answer["type"] == "json_schema":
         answer["max_whitespace_cnt"] = MOST_WHITESPACE
     whole = {"type": "structural_tag", "format": {"type": "sequence", "elements": [reasoning, gap, answer]}}
-    return StructuredOutputsParams(structural_tag=json.dumps(whole))
+    tag = json.dumps(whole)
+    Grammar.from_structural_tag(tag)  # vLLM would try another back end, and tell of that one's trouble
+    return StructuredOutputsParams(structural_tag=tag)

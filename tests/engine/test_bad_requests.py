@@ -79,10 +79,17 @@ def test_an_icon_is_refused_before_it_is_decoded(server: Server) -> None:
     assert "it is no image of a kind that is known here" in refused(server, inline(content.getvalue()), "What?")
 
 
+UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"structured_outputs": {"json": "{"}}, "the grammar cannot be read"),
+        ({"structured_outputs": {"json": "{"}}, "the grammar cannot be used: Expecting property name"),
+        ({"structured_outputs": {"regex": "[a-"}}, "the grammar cannot be used: Regex parsing error at position 4"),
+        ({"structured_outputs": {"json": {"enum": []}}}, "the grammar cannot be used: enum array must not be empty"),
+        ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
+        ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
         ({"thinking_token_budget": 2**70}, "thinking_token_budget"),
         ({"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}}, "min_count"),
         ({"bad_words": ["word " * 100]}, "the length of a bad word is 500; this server takes at most 256"),

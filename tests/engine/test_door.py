@@ -152,12 +152,14 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_its_length_or_not(k
     assert server.alive()
 
 
-def test_a_full_queue_says_when_to_come_again(keyed: tuple[Server, Path]) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_says_when_to_come_again(keyed: tuple[Server, Path], stream: bool) -> None:
+    """Of a burst of streams vLLM told most in a stream that had begun with 200."""
     server, _ = keyed
     statuses: list[httpx.Response] = []
+    asked = {"max_tokens": 300, "ignore_eos": True, "stream": stream}
     threads = [
-        threading.Thread(target=lambda: statuses.append(post(server, key="key-two", max_tokens=300, ignore_eos=True)))
-        for _ in range(12)
+        threading.Thread(target=lambda: statuses.append(post(server, key="key-two", **asked))) for _ in range(12)
     ]
     for thread in threads:
         thread.start()
@@ -166,6 +168,9 @@ def test_a_full_queue_says_when_to_come_again(keyed: tuple[Server, Path]) -> Non
     refused = [answer for answer in statuses if answer.status_code == 503]
     assert refused and len(refused) + sum(answer.status_code == 200 for answer in statuses) == 12
     assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+    assert all(answer.json()["error"]["type"] == "ServiceUnavailableError" for answer in refused)
+    assert not any('"code":503' in answer.text.replace(" ", "") for answer in statuses if answer.status_code == 200)
+    assert post(server, key="key-two").status_code == 200  # every place is free again
     assert 'qvq_rejections_total{reason="overload"}' in httpx.get(server.metrics).text
 
 
