@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field, model_validator
+from starlette.exceptions import HTTPException
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
@@ -71,7 +72,12 @@ class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
 
 
 def attach(app: FastAPI) -> None:
-    """Put the route in the place of vLLM's."""
+    """Put the route in the place of vLLM's, and OpenAI's shape on what Starlette refuses: a method, a body's bytes."""
+
+    @app.exception_handler(HTTPException)  # vLLM's is for FastAPI's own, which derive from it
+    async def shaped(_: Request, refused: HTTPException) -> Response:
+        return JSONResponse(error(refused.detail, refused.status_code), refused.status_code, refused.headers)
+
     app.post(PATH, dependencies=[Depends(validate_json_request)])(create_chat_completion)
 
 

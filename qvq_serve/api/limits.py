@@ -91,7 +91,7 @@ def check(request: Any, profile: Profile) -> None:
     if grammar is not None and (size := len(grammar_text(grammar))) > MOST_GRAMMAR_CHARACTERS:
         raise Refuse(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
     request.priority, request.session_id = 0, None
-    if request.vllm_xargs:  # the governor's switches, by another name
+    if request.vllm_xargs and request.governor is not False:  # the governor's switches, by another name
         request.governor = request.vllm_xargs | (request.governor if isinstance(request.governor, dict) else {})
     request.vllm_xargs = None
     drop_uuids(request.messages)

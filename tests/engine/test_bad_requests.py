@@ -1,6 +1,7 @@
 """A request that cannot be gets an OpenAI error object with the right status, and the server lives."""
 
 import base64
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,21 @@ def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
     assert "8192" in refused(server, "word " * 9_000)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": 1}', b'{"messages": []}', b"\xff\xfe"])
+NO_REQUESTS = [b"", b"{", b"[]", b'{"messages": 1}', b'{"messages": []}', b"\xff\xfe", b'{"a": "\xff"}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("body", [*NO_REQUESTS, gzip.compress(b"{}")])
 def test_a_body_that_is_no_request_is_refused(server: Server, body: bytes) -> None:
     headers = server.headers | {"Content-Type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
     assert server.alive()
+
+
+def test_a_method_that_is_none_is_refused_in_openais_shape(server: Server) -> None:
+    answer = httpx.get(f"{server.url}/v1/chat/completions", headers=server.headers)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (405, "Method Not Allowed")
 
 
 def test_the_log_has_no_traceback_of_a_bad_request(server: Server) -> None:
