@@ -142,8 +142,8 @@ class ModelGeometry:
             for name, value in vars(made).items():
                 if name not in ("tied_embeddings", "quantization") and not (type(value) is int and value > 0):
                     raise ValueError(f"{name} is {value!r}, and must be a whole number from 1 up")
-            if made.quantization_group < 1:
-                raise ValueError("its quantisation groups have no columns")
+            if made.intermediate_size % (group := made.quantization_group):
+                raise ValueError(f"its quantisation groups of {group} do not divide {made.intermediate_size} columns")
             return made
         except KeyError as missing:
             raise UsageError(f"{path} lacks {missing}, which a Qwen2-VL model has.") from None

@@ -49,6 +49,7 @@ def changed(**values: object) -> str:
         (changed(num_attention_heads=0), "heads is 0, and must be"),
         (changed(quantization_config="awq"), "is no Qwen2-VL model's: "),
         (changed(quantization_config={"group_size": "128"}), "is no Qwen2-VL model's: "),
+        (changed(quantization_config={"group_size": 4096}), "groups of 4096 do not divide 29568 columns"),
     ],
 )
 def test_a_directory_that_is_no_qwen2_vl_model_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
