@@ -363,7 +363,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from qvq_serve import advice, memory
-    from qvq_serve.engine import refuse_owned
+    from qvq_serve.engine import SECRET, refuse_owned
     from qvq_serve.model import ModelGeometry
     from qvq_serve.preflight import check_usage
     from qvq_serve.profile import workers
@@ -397,16 +397,11 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return 0 if made.fits else EXIT_DOES_NOT_FIT
     print(memory.as_table(made, would_fit))
     if arguments.fit:
-        shown = [name for name in NAMES if name in advice.FITTED or changed(resolved, name)]
+        given = {name for name in NAMES if resolved.sources[name] != "default"} - {*SECRET}
+        shown = [name for name in NAMES if name in {*advice.FITTED, *given}]
         fields = {name: getattr(made.profile, name) for name in shown}
         print(f"\nqvq-serve {advice.flags_of(fields | {'vllm': profile.vllm}, replace(profile, vllm=()))}".rstrip())
     return 0 if made.fits else EXIT_DOES_NOT_FIT
-
-
-def changed(resolved: "Resolved", name: str) -> bool:
-    """Whether a value is neither the default nor a secret, so that a line of flags must have it."""
-    secret = next(option for option in OPTIONS if option.name == name).metadata["secret"]
-    return resolved.sources[name] != "default" and not secret
 
 
 def print_values(resolved: "Resolved", gpu: str | None) -> int:

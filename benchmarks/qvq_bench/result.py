@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -101,24 +103,26 @@ def thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Replaces the file at once, so that a reader never sees half of it. Raises UsageError where it cannot."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+    with writing(path) as part:
         part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         part.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: the result cannot be written: {error.strerror}.") from None
 
 
 def check_writable(path: Path) -> None:
     """Raises UsageError where a result could not be written, before it is measured."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as part:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        part = path.with_name(path.name + ".part")
         part.touch()
         part.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """The file beside a result that is written first. Raises UsageError where the system refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.with_name(path.name + ".part")
     except OSError as error:
         raise UsageError(f"{path}: the result cannot be written: {error.strerror}.") from None
 
