@@ -68,13 +68,14 @@ class Keys:
         """The digest of the key in an Authorization header, if it opens; compared in constant time with each."""
         self.refresh()
         scheme, _, key = authorization.partition(" ")
-        given = digest(key.strip()) if scheme.lower() == "bearer" else ""
+        given = digest(key.strip(" \t"), "latin-1") if scheme.lower() == "bearer" else ""
         matches = [known for known in self.digests if hmac.compare_digest(known, given)]
         return matches[0] if matches else None
 
 
-def digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+def digest(key: str, encoding: str = "utf-8") -> str:
+    """Of the key's bytes, as a file or a client has them; a header's are read as Latin-1."""
+    return hashlib.sha256(key.encode(encoding)).hexdigest()
 
 
 class Refusal(Exception):

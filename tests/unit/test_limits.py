@@ -49,3 +49,10 @@ def test_a_file_of_keys_that_is_no_text_leaves_the_keys_as_they_are(tmp_path: Pa
     file.write_bytes("sk-a\n# schlüssel\nsk-b\n".encode("latin-1"))
     assert keys.owner("Bearer sk-a") == digest("sk-a")
     assert keys.owner("Bearer sk-b") is None
+
+
+def test_a_key_beyond_ascii_opens() -> None:
+    """ASGI hands headers on as bytes; the door reads them as Latin-1, and a client sends the key's UTF-8."""
+    keys = Keys(Profile(), "schlüssel-à")
+    assert keys.owner("Bearer " + "schlüssel-à".encode().decode("latin-1")) == digest("schlüssel-à")
+    assert keys.owner("Bearer schlüssel-a") is None
