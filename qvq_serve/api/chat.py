@@ -27,7 +27,7 @@ from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
 from qvq_serve.hooks.images import bound_images
-from qvq_serve.hooks.reasoning import PARSERS, Parsed
+from qvq_serve.hooks.reasoning import PARSERS, STREAMING, Parsed
 
 PATH = "/v1/chat/completions"
 EVENT_STREAM = "text/event-stream"
@@ -239,6 +239,7 @@ async def streamed(
 ) -> AsyncGenerator[str, None]:
     """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
     CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
+    context.state[STREAMING] = True
     open_choices = set(range(context.request.n or 1))
     several = len(open_choices) > 1
     untouched = not chain.stages["on_text"]

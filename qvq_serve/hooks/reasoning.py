@@ -23,6 +23,8 @@ from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
 PARSERS = "qvq_parsers"
 """Where a request's context keeps its parsers."""
+STREAMING = "qvq_streaming"
+"""What a request's context has once its stream begins, and with it the parsers of its choices."""
 
 
 CONFIG = ParserEngineConfig(
@@ -59,13 +61,14 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, *args: Any, **options: Any) -> None:
         super().__init__(tokenizer, *args, **options)
         self.special = frozenset(tokenizer.all_special_ids)
-        self.answering = False
+        self.answering = self.streaming = False
         self.results: list[Parsed] = []
         self.clear()
         self.orders = None
         if context := CONTEXT.get():
             context.state.setdefault(PARSERS, []).append(self)
             self.orders = context.state.get(GOVERNED)
+            self.streaming = STREAMING in context.state
 
     def clear(self) -> None:
         """Ready for the text of another choice."""
@@ -91,11 +94,14 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         return False
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        """Whether the last turn of a prompt has a marker: an answer that is to be continued."""
+        """Whether the last turn of a prompt has a marker: an answer that is to be continued.
+
+        Never to a stream, which would send such an answer past its parser, where nobody could count it.
+        """
         turn, ids = self.vocab.get(TURN), list(input_ids)
         start = len(ids) - ids[::-1].index(turn) if turn in ids else 0
         self.answering = bool(ENDED.search(self.model_tokenizer.decode(ids[start:])))
-        return self.answering
+        return self.answering and not self.streaming
 
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
         return input_ids
@@ -121,6 +127,9 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         delta_token_ids: Sequence[int],
     ) -> DeltaMessage | None:
         self.ids += delta_token_ids
+        if self.answering:
+            self.sent["content"] += delta_text
+            return DeltaMessage(content=delta_text) if delta_text else None
         return self.fed(delta_text)
 
     def fed(self, text: str) -> DeltaMessage | None:

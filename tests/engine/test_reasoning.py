@@ -146,6 +146,24 @@ def test_the_server_tells_them_apart_and_the_openai_client_reads_it(server: Serv
     assert "Final Answer" not in message.reasoning + message.content
 
 
+def test_a_stream_that_continues_an_answer_is_counted_as_the_answer_without_it(server: Server) -> None:
+    """vLLM sent it past its parser: no token of it was counted, and its answer was none."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    begun = "The total is 190.\n\n**Final Answer**\n\n\\boxed{"
+    request: dict[str, Any] = {
+        "model": "qvq-demo",
+        "messages": [user("How much is the total?"), {"role": "assistant", "content": begun}],
+        "temperature": 0,
+        "max_tokens": 8,
+        "extra_body": {"continue_final_message": True, "add_generation_prompt": False, "ignore_eos": True},
+    }
+    whole = client.chat.completions.create(**request)
+    chunks = list(client.chat.completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].qvq == whole.qvq
+    assert (whole.qvq["reasoning_tokens"], whole.qvq["answer_tokens"]) == (0, 8)
+
+
 def unmarked(server: Server) -> dict[str, Any]:
     """What keeps the demo from a conclusion of its own, so that it thinks until its budget ends."""
     ids = httpx.post(f"{server.url}/tokenize", json={"prompt": "**"}, headers=server.headers).json()["tokens"]

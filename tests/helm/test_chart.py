@@ -384,6 +384,7 @@ BAD = [
     ("expose.kind=ingress,expose.host=a.example", "expose.kind is ingress, and apiKeys.existingSecret is empty"),
     ("expose.kind=httproute,expose.host=a.example", "expose.gateway.name is empty"),
     ("autoscaling.kind=keda,autoscaling.min=5", "autoscaling.min is 5, above autoscaling.max 4"),
+    ("autoscaling.kind=keda,weights.accessMode=ReadWriteMany", "monitoring.podMonitor is false"),
     ("autoscaling.kvCacheUse=85", "/autoscaling/kvCacheUse"),
     ("inferencePool.enabled=true", "inferencePool.endpointPicker.name is empty"),
     ("inferencePool.enabled=true,router.enabled=true", "inferencePool.enabled and router.enabled are both true"),
