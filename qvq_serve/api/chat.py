@@ -107,6 +107,8 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         await chain.before(context)
         made = await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
         if isinstance(made, ErrorResponse):
+            if made.error.code >= 500:
+                metrics.ANSWERS.labels("error").inc(request.n or 1)
             return JSONResponse(made.model_dump(), made.error.code)
         if isinstance(made, ChatCompletionResponse):
             headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))
@@ -119,6 +121,7 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         metrics.REJECTED.labels("request").inc()
         return JSONResponse(error(f"a hook stopped the request: {dict(stop.details)}", 403), 403)
     except HookFailed as failure:
+        metrics.ANSWERS.labels("error").inc(request.n or 1)
         return JSONResponse(error(str(failure), 500), 500)
     except asyncio.CancelledError:  # the client went away
         metrics.ANSWERS.labels("cancelled").inc(request.n or 1)

@@ -121,10 +121,16 @@ def test_a_stopped_stream_frees_its_slot(guarded: Server) -> None:
     assert running() == "0.0"
 
 
+def failed(server: Server) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith('qvq_answers_total{ended="error"}'))
+
+
 @pytest.mark.parametrize("where", ["before", "text"])
 def test_a_hook_that_raises_fails_its_request_alone(guarded: Server, where: str) -> None:
     stage = {"before": "before", "text": "on_text"}[where]
     message = f"the server's hook obliging failed ({stage})"
+    before = failed(guarded)
     if where == "text":
         assert streamed(guarded, f"raise in {where}", max_tokens=30)[-1]["error"]["message"] == message
     else:
@@ -134,6 +140,7 @@ def test_a_hook_that_raises_fails_its_request_alone(guarded: Server, where: str)
     assert f"hook obliging, {stage}: raised KeyError('a fault of the hook')" in guarded.log.read_text()
     metrics = httpx.get(f"{guarded.url}/metrics").text
     assert 'qvq_hook_failures_total{hook="obliging"}' in metrics
+    assert failed(guarded) == before + 1  # the alert on errors goes by it
 
 
 def test_a_slow_hook_is_timed_out(guarded: Server) -> None:
