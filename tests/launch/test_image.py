@@ -1,6 +1,7 @@
 """The Dockerfile: what a linter says, what can be run of it here, and that it is what the chart and compose expect."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +48,17 @@ def test_vllms_image_must_be_named_by_digest() -> None:
             ["bash", "-c", check], env={"VLLM_IMAGE": image}, capture_output=True, text=True, check=False
         )
         assert (done.returncode, image in done.stderr) == (code, bool(code))
+
+
+def test_bytecode_is_compiled_of_all_that_lies_beside_vllm(tmp_path: Path) -> None:
+    for module, source in (("vllm/__init__.py", ""), ("torch/nn.py", "x = 1"), ("torch/old.py", "print 1")):
+        (tmp_path / module).parent.mkdir(exist_ok=True)
+        (tmp_path / module).write_text(source)
+    (compiles,) = [run for run in stages()["gpu"]["RUN"] if "compileall" in run]
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(["bash", "-euc", compiles], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(file.name.partition(".")[0] for file in tmp_path.rglob("*.pyc")) == ["__init__", "nn"]
 
 
 def constraints(image: str) -> set[str]:
