@@ -85,12 +85,12 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         wanted = claim(image_url)
         try:
             return await self.taken(wanted, image_mode)
-        except MediaError:
+        except (MediaError, Refuse):
             metrics.IMAGES.labels("refused").inc()
             raise
 
     async def taken(self, wanted: Wanted, image_mode: str | None) -> Any:
-        """The image, within its bounds. Raises MediaError with its position and the reason."""
+        """The image, within its bounds. Raises MediaError, or a hook's Refuse, with its position and the reason."""
         profile = launched_profile()
         media = ImageMediaIO(**({"image_mode": image_mode} | self.media_io_kwargs.get("image", {})))
         try:
@@ -118,7 +118,7 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
             try:
                 await context.state["chain"].on_image(context, wanted.index, getattr(image, "media", image))
             except Refuse as refused:
-                raise refusal(wanted, refused.message) from None
+                raise Refuse(str(refusal(wanted, refused.message)), refused.status) from None
         return image
 
     async def opened(self, wanted: Wanted, media: ImageMediaIO) -> Any:

@@ -27,7 +27,7 @@ class Obliging(Hook):
 
     async def on_image(self, context: Context, index: int, image: Any) -> None:
         if image.size == (77, 77):
-            raise Refuse("is 77 x 77 px, of which there were enough")
+            raise Refuse("is 77 x 77 px, of which there were enough", 451)
 
     async def on_text(self, context: Context, choice: int, part: Part, text: str) -> None:
         if "stop at once" in asked(context):
