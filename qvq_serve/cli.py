@@ -118,9 +118,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "download", "bring a model's weights from ModelScope or Hugging Face: resumable, verified", run_download
     )
     download.add_argument("--model", default="qvq-72b", metavar="NAME", help="known name (default qvq-72b)")
-    download.add_argument("--source", choices=("modelscope", "huggingface"), help="default: the first that has it")
     download.add_argument("--to", metavar="DIR", help="where to put it (default: where --model NAME looks for it)")
-    download.add_argument("--wait", action="store_true", help="bring nothing: wait until another download has done it")
+    how = download.add_mutually_exclusive_group()
+    how.add_argument("--source", choices=("modelscope", "huggingface"), help="default: the first that has it")
+    how.add_argument("--wait", action="store_true", help="bring nothing: wait until another download has done it")
 
     ask = add("ask", "ask a running server one question, streamed: reasoning dimmed, answer bright", run_ask)
     ask.add_argument("images", nargs="*", metavar="IMAGE", help="files or https URLs")

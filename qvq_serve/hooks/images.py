@@ -182,12 +182,17 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
             with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
                 width, height = image.size
                 mode = image.mode
+                clear = mode == "RGB" and "transparency" in image.info
         except UnidentifiedImageError:
             raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:
         raise FetchError(f"has {width}x{height} px, above the {most_pixels} that this server decodes")
     if mode.startswith("I") or mode == "F":  # Pillow cuts these off at 255: a white picture
         raise FetchError(f"has the mode {mode}, more than 8 bits a channel; save it with 8")
+    if clear:  # a colour that stands for nothing: vLLM lays all other kinds of transparency on white
+        with Image.open(io.BytesIO(content)) as image, io.BytesIO() as changed:
+            image.convert("RGBA").save(changed, "PNG", compress_level=1)
+            content = changed.getvalue()
     return media.load_bytes(content)
 
 

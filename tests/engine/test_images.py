@@ -72,6 +72,10 @@ def test_what_is_transparent_is_white(server: Server) -> None:
     white = Image.new("RGB", (448, 448), (255, 255, 255))
     white.paste(clear, mask=clear.getchannel("A"))
     assert asked(server, encoded(clear, "PNG")) == asked(server, encoded(white, "PNG"))
+    key = (1, 254, 1)  # a colour that stands for nothing, as programs that make files smaller write it
+    keyed = Image.new("RGB", (448, 448), key)
+    keyed.paste(clear, mask=clear.getchannel("A"))
+    assert asked(server, encoded(keyed, "PNG", transparency=key)) == asked(server, encoded(white, "PNG"))
 
 
 def test_other_modes_become_rgb(server: Server) -> None:
