@@ -427,9 +427,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     from qvq_serve import engine, preflight
     from qvq_serve.hooks import chain
 
+    preflight.check_start(resolved, gpus)  # in the order of a start
     launch = engine.command(resolved.profile, gpus=len(gpus))
     chain.load(resolved.profile)
-    preflight.check_start(resolved, gpus)
     preflight.check_model(resolved.profile)
     if arguments.vllm:  # vLLM's imports take seconds
         engine.parse(launch.argv)

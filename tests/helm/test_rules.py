@@ -52,8 +52,8 @@ CASES: dict[str, list[Case]] = {
         Case({f"vllm:num_requests_waiting{{{POD}}}": "0+0.2x60"}, 25),  # more, and few
     ],
     "QvqHeadroomLow": [
-        Case({f'qvq_memory_headroom_bytes{{{POD}, gpu="3"}}': f"{GIB}x60"}, 10, "GPU 3 of qvq-0 has 1GiB left"),
-        Case({f'qvq_memory_headroom_bytes{{{POD}, gpu="3"}}': f"{5 * GIB}x60"}, 10),
+        Case({f'qvq_memory_headroom_bytes{{{POD}, gpu="3"}}': f"{GIB // 2}x60"}, 10, "GPU 3 of qvq-0 has 512MiB left"),
+        Case({f'qvq_memory_headroom_bytes{{{POD}, gpu="3"}}': f"{GIB}x60"}, 10),  # the fullest profile's, nearly
     ],
     "QvqMemoryNotAsPlanned": [
         Case({f'{MEMORY}"measured"}}': f"{30 * GIB}x60", f'{MEMORY}"planned"}}': f"{32 * GIB}x60"}, 15,
