@@ -33,8 +33,8 @@ PRE_STOP_S = 15
 END_S = 30
 """From the last answer to the exit: vLLM gives its workers 8 s, and the card its memory back."""
 WORKER_GIB = 6
-"""Host memory of a GPU's worker: CUDA, libraries, pinned buffers. 3.1 to 5.7 were measured after loads, with weights that
-were made up (`resident` in starts_2026-11-28.json and starts_2026-11-29.json); shards that are read are the cache's."""
+"""Host memory of a GPU's worker: CUDA, libraries, pinned buffers. 3.1 to 5.7 were measured after loads, with made-up
+weights (`resident` in starts_2026-11-28.json and starts_2026-11-29.json); shards that are read are the cache's."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from qvq_serve.api import lifecycle, limits
 from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
+from qvq_serve.hooks.governing import most_tokens
 from qvq_serve.hooks.images import bound_images
 from qvq_serve.hooks.reasoning import PARSERS, STREAMING, Parsed
 
@@ -174,6 +175,11 @@ def how_it_ended(context: Context, finish_reason: str | None, parsed: Parsed) ->
     return "answered" if parsed.marked else "unmarked"
 
 
+def told(finish_reason: str, answer: Answer) -> str:
+    """`finish_reason` as OpenAI has it; to vLLM a turn that the governor ended at its limit has stopped."""
+    return "length" if answer.ended == "length" else OPENAI.get(finish_reason, finish_reason)
+
+
 async def completed(context: Context, chain: Chain, answer: Answer, parsed: Parsed) -> Answer:
     """The choice with its `qvq` object, hooks' share included, counted in the metrics."""
     answer.qvq |= {
@@ -187,14 +193,8 @@ async def completed(context: Context, chain: Chain, answer: Answer, parsed: Pars
     await chain.after(context, answer)
     count(answer, parsed)
     if parsed.act and parsed.act.why == "loop":
-        metrics.SAVED.inc(max(most_tokens(context) - parsed.tokens, 0))
+        metrics.SAVED.inc(max(most_tokens(context.request) - parsed.tokens, 0))
     return answer
-
-
-def most_tokens(context: Context) -> int:
-    """What a loop would have written."""
-    request, most = context.request, launched_profile().max_output_tokens
-    return min(request.max_completion_tokens or request.max_tokens or most, most)
 
 
 def count(answer: Answer, parsed: Parsed) -> None:
@@ -232,7 +232,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
         else:
             if answer.content != content:
                 message["content"] = answer.content
-        choice["finish_reason"] = OPENAI.get(choice["finish_reason"], choice["finish_reason"])
+        choice["finish_reason"] = told(choice["finish_reason"], answer)
         (choice if several else response)["qvq"] = answer.qvq
     return response
 
@@ -246,30 +246,36 @@ async def streamed(
     open_choices = set(range(context.request.n or 1))
     several = len(open_choices) > 1
     untouched = not chain.stages["on_text"]
-    last: dict[str, Any] = {}
+    stopped: set[int] = set()
     try:
-        try:
-            async for event in events:
-                if context.first_text is None and '"role"' not in event:
-                    context.first_text = time.monotonic()
-                if not event.startswith(DATA + "{") or (untouched and UNFINISHED in event):
-                    yield event
-                    continue
-                last = json.loads(event[len(DATA) :])
-                if "error" in last:
-                    metrics.ANSWERS.labels("error").inc(len(open_choices))
-                    open_choices.clear()
-                for choice in last.get("choices", ()):
-                    event = await passed(context, chain, last, choice, event)
-                    if choice.get("finish_reason"):
-                        open_choices.discard(choice["index"])
+        async for event in events:
+            if context.first_text is None and '"role"' not in event:
+                context.first_text = time.monotonic()
+            if not event.startswith(DATA + "{") or (untouched and UNFINISHED in event):
                 yield event
-        except Stop as stop:
-            for index in sorted(open_choices):
-                answer = await finished(context, chain, index, "filtered", dict(stop.details))
-                yield closing(last, index, answer.qvq, several)
-            open_choices.clear()
-            yield DONE
+                continue
+            chunk = json.loads(event[len(DATA) :])
+            if "error" in chunk:
+                metrics.ANSWERS.labels("error").inc(len(open_choices))
+                open_choices.clear()
+            for choice in chunk.get("choices", ()):  # one a chunk, as vLLM writes them
+                index = choice["index"]
+                if index in stopped:  # its engine goes on until all choices are done
+                    event = ""
+                    continue
+                try:
+                    event = await passed(context, chain, chunk, choice, event)
+                except Stop as stop:
+                    answer = await finished(context, chain, index, "filtered", dict(stop.details))
+                    event = closing(chunk, index, answer.qvq, several)
+                    stopped.add(index)
+                if index in stopped or choice.get("finish_reason"):
+                    open_choices.discard(index)
+            if event:
+                yield event
+            if stopped and not open_choices:
+                yield DONE
+                break
     except (HookFailed, Refuse) as failure:
         metrics.ANSWERS.labels("error").inc(len(open_choices))
         open_choices.clear()
@@ -301,8 +307,8 @@ async def passed(context: Context, chain: Chain, chunk: dict[str, Any], choice: 
     if not (reason := choice.get("finish_reason")):
         return event
     answer = await finished(context, chain, choice["index"], None, {}, reason)
-    if reason in OPENAI:
-        choice["finish_reason"] = OPENAI[reason]
+    if told(reason, answer) != reason:
+        choice["finish_reason"] = told(reason, answer)
         event = f"{DATA}{compact(chunk)}\n\n"
     if (context.request.n or 1) > 1:
         choice["qvq"] = answer.qvq

@@ -65,6 +65,7 @@ def check_body(body: dict[str, Any]) -> None:
                 raise ValueError(
                     f"messages[{number}] has a part of type {kind!r}; it must be one of {', '.join(PARTS)}"
                 )
+            part["type"] = kind  # pydantic would not tell a part by its keys
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"messages[{number}] has a part of type 'text' whose text is no string")
 

@@ -38,7 +38,7 @@ def make(vllm_config: Any, slots: int, device: torch.device) -> Governor:
 def read_orders(sampling_params: Any) -> Orders:
     """What our route ordered for a request; nothing for one that came another way."""
     given = (sampling_params.extra_args or {}).get(XARG)
-    return Orders(*given) if given else Orders()
+    return Orders(*given).of(sampling_params.max_tokens) if given else Orders()  # now with room for the prompt
 
 
 def counted() -> dict[str, int]:

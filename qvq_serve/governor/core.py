@@ -76,8 +76,10 @@ class Governor:
         self.seen, self.begun, self.own, self.looked = each(0), each(NEVER), each(NEVER), each(NEVER)
         """Counts of output tokens: so far; when a conclusion was begun; when the model's own stood; when the last
         look-back was begun."""
-        self.found, self.open, self.looks, self.mentioned = each(0, torch.bool), each(0), each(0), each(0)
-        """A loop was found; bytes that the newest character lacks; look-backs so far; where the image was mentioned."""
+        self.found, self.over = each(0, torch.bool), each(0, torch.bool)
+        """A loop was found; the turn is to end."""
+        self.open, self.looks, self.mentioned = each(0), each(0), each(0)
+        """Bytes that the newest character lacks; look-backs so far; where the image was mentioned."""
         self.entropy = each(0, torch.float32)
         """Nats, averaged over the last AVERAGED tokens; 0 before the first."""
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
@@ -142,7 +144,7 @@ class Governor:
         self.orders[places] = pinned.to(device, non_blocking=True)
         for state in (self.begun, self.own, self.looked):
             state.index_fill_(0, places, NEVER)
-        for state in (self.seen, self.found, self.open, self.looks, self.mentioned, self.entropy):
+        for state in (self.seen, self.found, self.over, self.open, self.looks, self.mentioned, self.entropy):
             state.index_fill_(0, places, 0)
         for slot, history in zip(slots, histories, strict=True):
             if history:
@@ -170,8 +172,8 @@ class Governor:
 
     def move(self, source: int, target: int) -> None:
         """Two slots change places."""
-        for state in (self.orders, self.window, self.seen, self.begun, self.own, self.looked, self.found, self.open,
-                      self.looks, self.mentioned, self.entropy):  # fmt: skip
+        for state in (self.orders, self.window, self.seen, self.begun, self.own, self.looked, self.found, self.over,
+                      self.open, self.looks, self.mentioned, self.entropy):  # fmt: skip
             state[[source, target]] = state[[target, source]]
 
     def apply(self, logits: Tensor, slots: Tensor, last: Tensor, seen: Tensor, wanted: Orders) -> None:
@@ -208,7 +210,7 @@ class Governor:
         position = self.seen[share, None] - WINDOW + self.order
         window = self.window[share].gather(1, position % WINDOW)
         window = torch.where(position >= since[:, None].clamp(min=0), window, -1)
-        looked_for = self.orders[share, 0] > 0
+        looked_for = (self.orders[share, 0] > 0) & (self.count[share] > 0)  # a request that is over leaves its orders
         if not self.acts:
             looked_for &= self.begun[share] == NEVER
         found = looping(window, self.vocabulary.words) & looked_for
@@ -243,8 +245,10 @@ class Governor:
         concluding = live & (at >= 0) & (at < length)
         second = live & ~reasoning & ~concluding & self.found & (orders.loop > 0)
         over = live & (self.begun < NEVER) & (at >= length + orders.limit) & ~second
-        if self.acts:
-            self.counts[4:6] += torch.stack([(second & new).sum(), (over & new).sum()])
+        if self.acts:  # `min_tokens` may keep the turn from its end for a while
+            first = new & ~self.over
+            self.counts[4:6] += torch.stack([(second & first).sum(), (over & first).sum()])
+            self.over.logical_or_(new & (second | over))
         phrase, looking = self.look_back(reasoning, seen, ends_step, orders)
         marker = self.written[at.clamp(0, length - 1)]
         token = torch.where(second | over, self.text.end, torch.where(concluding, marker, phrase))

@@ -19,6 +19,10 @@ STRAY = 2 ** len(SCRIPTS)
 """The bit of a token that begins within a character: no set of scripts has it."""
 UNLIMITED = 2**24
 """A number of tokens that is never reached; float32 holds it exactly."""
+LEFT = -1
+"""A budget that is what the output leaves beside an answer."""
+KEPT_FOR_ANSWER = 4
+"""A quarter of the output is kept for the answer, or `answer_tokens` if that is less."""
 
 
 def switch(default: Any, help: str, within: str = "at most", most: float = UNLIMITED) -> Any:
@@ -132,13 +136,19 @@ class Orders(NamedTuple):
     chinese: Any = 0
     """Whether a look-back is written in Chinese."""
 
+    def of(self, output: int) -> "Orders":
+        """With the budget of an output that may have so many tokens, where it is what these leave (LEFT)."""
+        if self.budget != LEFT:
+            return self
+        return self._replace(budget=output - min(self.limit, output // KEPT_FOR_ANSWER))
+
 
 XARG = "qvq_orders"
 """Under which orders travel in vLLM's `vllm_xargs`, as a list of numbers."""
 
 
 def orders(policy: Policy, budget: int | None, scripts: int) -> Orders:
-    """The orders for a request whose answer may use these scripts (bits), concluding after `budget` tokens."""
+    """The orders for a request whose answer may use these scripts (bits), concluding after `budget` tokens, or LEFT."""
     han = scripts & script_bits(["Han"]) & ~1
     return Orders(
         1, policy.loop, UNLIMITED if budget is None else budget, policy.answer_tokens, scripts, policy.language,

@@ -82,9 +82,10 @@ def load(profile: Profile) -> list[Hook]:
     """The hooks of a profile, in their order. Raises UsageError for one that is not there or cannot be made."""
     from qvq_serve.hooks.safety import Guard
 
-    classes: list[Any] = [RequestDefaults, Governing, BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
+    classes: list[Any] = [BoxedAnswer, Languages, *([Guard] if profile.guard_url else [])]
     classes += [imported(path) for path in names(profile.hook)]
     classes += [loaded(entry) for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)]
+    classes += [RequestDefaults, Governing]  # budgets are worked out from what the others leave of a request
     without = names(profile.without_hooks)
     hooks = []
     for made in classes:

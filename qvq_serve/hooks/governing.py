@@ -4,22 +4,22 @@ The sampler tells nothing but the tokens. A conclusion that it forced is tokenis
 what it had found is found again here, on the same tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from qvq_serve.governor.policy import SCRIPTS, UNLIMITED, XARG, Orders, orders, read_policy, script_bits, within
+from qvq_serve.engine import launched_profile
+from qvq_serve.governor.policy import LEFT, SCRIPTS, XARG, Orders, orders, read_policy, script_bits, within
 from qvq_serve.hooks import Context, Hook, Refuse, content_parts
 from qvq_serve.hooks.language import scripts
+from qvq_serve.hooks.markers import MARKERS
 from qvq_serve.hooks.request import DEFAULT_LOOPS, is_answering
 from qvq_serve.profile import Profile
 
 GOVERNED = "governor's orders"
 """Where a request's context keeps its orders."""
 LEAST_BUDGET = 8
-"""Tokens of the conclusion, and of what stands before it."""
-KEPT_FOR_ANSWER = 4
-"""Where there is no budget, reasoning ends when a quarter of max_tokens is left, or `answer_tokens` if that is less."""
+"""Tokens of the conclusion, and of what stands before it: smaller budgets are left to vLLM."""
 
 
 class Governing(Hook):
@@ -36,10 +36,6 @@ class Governing(Hook):
             if given:
                 raise Refuse("governor is given, and this server runs without one (--governor)")
             return
-        if given is False or request.structured_outputs is not None or request.allowed_token_ids:
-            return  # a grammar leaves no room for a conclusion; a budget of vLLM's own ends its reasoning
-        if is_answering(request) or (request.ignore_eos and self.profile.governor == "on"):
-            return  # its conclusion is in the prompt; or it is to go on, whatever it writes
         asked = dict(given) if isinstance(given, dict) else {}
         try:
             named = asked.pop("scripts", None)
@@ -49,13 +45,17 @@ class Governing(Hook):
             bits = script_bits(question_scripts(request) if named is None else named)
         except ValueError as error:
             raise Refuse(f"governor: {error}") from None
+        if given is False or request.structured_outputs is not None or request.allowed_token_ids:
+            return  # a grammar leaves no room for a conclusion; a budget of vLLM's own ends its reasoning
+        if any(word.strip() in MARKERS[0] for word in request.bad_words or ()):
+            return  # nor does what may not be written
+        if is_answering(request) or (request.ignore_eos and self.profile.governor == "on"):
+            return  # its conclusion is in the prompt; or it is to go on, whatever it writes
         budget = request.thinking_token_budget
         if budget is None or budget < 0:
-            output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
-            output = min(output, self.profile.max_output_tokens)
-            budget = output - min(policy.answer_tokens, output // KEPT_FOR_ANSWER)
-        elif policy.budget and budget < LEAST_BUDGET:
-            raise Refuse(f"thinking_token_budget is {budget}; the conclusion itself takes {LEAST_BUDGET}, the least")
+            budget = LEFT
+        elif budget < LEAST_BUDGET:
+            policy = replace(policy, budget=False)
         made = orders(policy, budget if policy.budget else None, bits)
         request.vllm_xargs = {XARG: [float(number) for number in made]}
         if self.profile.governor != "on":
@@ -72,7 +72,14 @@ def question_scripts(request: Any) -> list[str]:
     texts = [message["content"] for message in request.messages
              if message.get("role") == "user" and isinstance(message.get("content"), str)]  # fmt: skip
     texts += [part.get("text") or "" for part in content_parts(request.messages)]
-    return [name for name in scripts(" ".join(texts)) if name in SCRIPTS]
+    return [name if name in SCRIPTS else "Other" for name in scripts(" ".join(texts)) if name != "Greek"]
+
+
+def most_tokens(request: Any, prompt_tokens: int = 0) -> int:
+    """Tokens that a request may write at most, beside a prompt of so many."""
+    profile = launched_profile()
+    most = min(profile.max_output_tokens, profile.max_model_len - prompt_tokens)
+    return min(request.max_completion_tokens or request.max_tokens or most, most)
 
 
 @dataclass
@@ -105,13 +112,14 @@ def act(given: Orders, tokenizer: Any, ids: list[int], answer: int) -> Act | Non
 
     at = first_end(ids, [conclusion])
     if at:
-        period, found = loop(ids[: at - len(conclusion)])
-        at_budget = given.budget != UNLIMITED and at - len(conclusion) >= given.budget
-        why = "loop" if found or not (at_budget or given.sure) else "budget" if at_budget else "sure"
+        before = ids[: at - len(conclusion)]
+        at_budget = len(before) >= given.budget  # a loop that is found there now, the sampler had not yet looked for
+        period, found = (0, False) if at_budget else loop(before)
+        why = "budget" if at_budget else "loop" if found or not given.sure else "sure"
         rest = [token for token in ids[at:] if token not in tokenizer.all_special_ids]
         ended = "looped" if loop(rest)[1] else "length" if len(rest) >= given.limit else "concluded"
         return Act(ended, why, period)
-    period, found = loop(ids[answer:])
+    period, found = loop(ids[answer:]) if answer < len(ids) else (0, False)
     return Act("looped", "loop", period) if found else None
 
 

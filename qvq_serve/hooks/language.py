@@ -20,7 +20,8 @@ def script(letter: str) -> str | None:
     """The script of a letter: Latin, Han, Cyrillic, Hangul, ...; None for what is no letter."""
     if not letter.isalpha():
         return None
-    name = unicodedata.name(letter, "").split(" ", 1)[0].split("-", 1)[0]
+    plain = next(filter(str.isalpha, unicodedata.normalize("NFKC", letter)), letter)  # a micro sign is Greek's mu
+    name = unicodedata.name(plain, "").split(" ", 1)[0].split("-", 1)[0]
     return NAMES.get(name, name.capitalize()) or None
 
 

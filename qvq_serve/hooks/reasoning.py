@@ -17,7 +17,7 @@ from vllm.reasoning import ReasoningParser
 from qvq_serve.engine import PARSER
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
-from qvq_serve.hooks.governing import GOVERNED, Act, act
+from qvq_serve.hooks.governing import GOVERNED, Act, act, most_tokens
 from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
@@ -64,10 +64,10 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         self.answering = self.streaming = False
         self.results: list[Parsed] = []
         self.clear()
-        self.orders = None
-        if context := CONTEXT.get():
+        self.prompt_tokens = 0
+        self.context = CONTEXT.get()
+        if context := self.context:
             context.state.setdefault(PARSERS, []).append(self)
-            self.orders = context.state.get(GOVERNED)
             self.streaming = STREAMING in context.state
 
     def clear(self) -> None:
@@ -99,6 +99,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         Never to a stream, which would send such an answer past its parser, where nobody could count it.
         """
         turn, ids = self.vocab.get(TURN), list(input_ids)
+        self.prompt_tokens = len(ids)
         start = len(ids) - ids[::-1].index(turn) if turn in ids else 0
         self.answering = bool(ENDED.search(self.model_tokenizer.decode(ids[start:])))
         return self.answering and not self.streaming
@@ -181,7 +182,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             return Parsed(True, 0, len(ids))
         if not self.marked:
             trailing = next((i for i, token in enumerate(reversed(ids)) if token not in self.special), len(ids))
-            return Parsed(False, len(ids) - trailing, len(ids))
+            return Parsed(False, len(ids) - trailing, len(ids), self.act(ids, len(ids)))
         # A byte-level token's spelling has a character for each of its bytes; a special one leaves no text.
         left, reasoning_tokens = len(self.raw.encode()) - 2 * self.raw.count("\ufffd"), 0
         for token, spelling in zip(ids, self.model_tokenizer.convert_ids_to_tokens(ids), strict=True):
@@ -189,5 +190,11 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             if left < 0:
                 break
             reasoning_tokens += 1
-        did = act(self.orders, self.model_tokenizer, ids, reasoning_tokens) if self.orders else None
-        return Parsed(True, reasoning_tokens, len(ids), did)
+        return Parsed(True, reasoning_tokens, len(ids), self.act(ids, reasoning_tokens))
+
+    def act(self, ids: list[int], answer: int) -> Act | None:
+        """What the governor did to the choice, its answer beginning at one of its tokens."""
+        if not self.context or not (given := self.context.state.get(GOVERNED)):
+            return None
+        given = given.of(most_tokens(self.context.request, self.prompt_tokens))
+        return act(given, self.model_tokenizer, ids, answer)

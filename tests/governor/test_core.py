@@ -75,11 +75,15 @@ def drive(
     return written, governor
 
 
-def advance(governor: Governor, slots: list[int], written: list[list[int]], models: list[Model]) -> None:
+def advance(
+    governor: Governor, slots: list[int], written: list[list[int]], models: list[Model], ruled_out: int | None = None
+) -> None:
     logits = torch.zeros(len(slots), VOCABULARY)
     wanted = Orders(*governor.orders.amax(0).tolist())
     for row, slot in enumerate(slots):
         logits[row, models[slot](written[slot])] = 8.0
+    if ruled_out is not None:
+        logits[:, ruled_out] = -torch.inf
     last = torch.tensor([written[slot][-1] if written[slot] else 0 for slot in slots])
     seen = torch.tensor([len(written[slot]) for slot in slots])
     governor.apply(logits, torch.tensor(slots), last, seen, wanted)
@@ -169,6 +173,27 @@ def test_a_slot_forgets_who_was_in_it() -> None:
     for _ in range(300):
         advance(governor, [0], written, [honest])
     assert not conclusions(written[0])
+
+
+def test_a_request_that_is_over_is_looked_at_no_more() -> None:
+    """Its loop was counted as found while others wrote on."""
+    models = [looping(1, from_token=10), honest]
+    gone = drive(models, 4 * EVERY, order=lambda step: [0, 1] if step < 2 * EVERY - 4 else [1])[1]
+    assert counted(gone) == {}
+    assert counted(drive(models, 4 * EVERY)[1])["found"] > 0
+
+
+@pytest.mark.parametrize(("orders", "what"), [({"limit": 3000}, "second_loop"), ({"limit": 30}, "limit")])
+def test_a_turn_that_may_not_end_yet_is_counted_once(orders: dict[str, int], what: str) -> None:
+    governor = governing(1)
+    written: list[list[int]] = [[]]
+    governor.begin([0], [LOOP._replace(**orders)], [[]])
+    for step in range(1200):
+        if END in written[0]:
+            break
+        advance(governor, [0], written, [looping(16)], END if step < 1000 else None)
+    assert len(written[0]) > 1000 and written[0][-1] == END
+    assert counted(governor)[what] == 1
 
 
 def test_a_text_longer_than_the_window_is_looked_at_where_it_is_new() -> None:

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 
 from qvq_serve.errors import UsageError
-from qvq_serve.governor.policy import UNLIMITED, XARG, Orders, Policy, orders, read_policy, script_bits, within
+from qvq_serve.governor.adapter import read_orders
+from qvq_serve.governor.policy import LEFT, UNLIMITED, XARG, Orders, Policy, orders, read_policy, script_bits, within
 from qvq_serve.hooks import Context, Refuse
 from qvq_serve.hooks.governing import GOVERNED, Governing
 from qvq_serve.hooks.request import DEFAULT_LOOPS
@@ -82,7 +84,7 @@ def asked(profile: Profile, **fields: Any) -> tuple[Any, Context]:
     """A request as the hooks before this one leave it, after it."""
     fresh = dict.fromkeys((
         "governor", "structured_outputs", "allowed_token_ids", "vllm_xargs", "thinking_token_budget",
-        "max_completion_tokens",
+        "max_completion_tokens", "bad_words",
     ))  # fmt: skip
     said = [{"role": "user", "content": [{"type": "text", "text": "图中有几个 circles?"}]}]
     known = {
@@ -102,9 +104,29 @@ def asked(profile: Profile, **fields: Any) -> tuple[Any, Context]:
 def test_a_request_is_ordered_to_conclude_before_its_tokens_end() -> None:
     request, context = asked(Profile(governor="on"))
     given = Orders(*request.vllm_xargs[XARG])
-    assert (given.governed, given.loop, given.budget, given.limit) == (1, 1, 300, 1024)
+    assert (given.governed, given.loop, given.budget, given.limit) == (1, 1, LEFT, 1024)
     assert given.scripts == script_bits(["Han"]) and given.chinese
-    assert request.repetition_detection is None and context.state[GOVERNED].budget == 300
+    assert request.repetition_detection is None and context.state[GOVERNED].budget == LEFT
+
+
+def test_a_budget_is_what_the_prompt_and_the_hooks_leave_of_the_output() -> None:
+    """It was worked out from the request's max_tokens, and a long prompt's answer was cut before its conclusion."""
+    given = Orders(*asked(Profile(governor="on"))[0].vllm_xargs[XARG])
+    read = [read_orders(SamplingParams(max_tokens=n, extra_args={XARG: list(given)})) for n in (400, 100, 8192)]
+    assert [one.budget for one in read] == [300, 75, 8192 - 1024]
+    assert Orders(1, 1, 50, 1024).of(20).budget == 50 and Orders().of(20).budget == UNLIMITED
+
+
+def test_a_budget_with_no_room_for_a_conclusion_is_left_to_vllm() -> None:
+    for mode in ("on", "observe"):
+        request, _ = asked(Profile(governor=mode), thinking_token_budget=5)
+        assert request.thinking_token_budget == 5 and Orders(*request.vllm_xargs[XARG]).budget == UNLIMITED
+
+
+def test_scripts_without_a_bit_of_their_own_are_allowed_where_they_are_asked_in() -> None:
+    said = [{"role": "user", "content": [{"type": "text", "text": "இது என்ன α?"}]}]
+    given = Orders(*asked(Profile(governor="on"), messages=said)[0].vllm_xargs[XARG])
+    assert given.scripts == script_bits(["Other"])
 
 
 def test_a_budget_becomes_the_governors_and_stays_vllms_where_it_is_not_to_conclude_by_it() -> None:
@@ -122,6 +144,7 @@ def test_observing_changes_nothing_of_the_request() -> None:
 
 @pytest.mark.parametrize("fields", [
     {"governor": False}, {"structured_outputs": "a grammar"}, {"allowed_token_ids": [1]}, {"ignore_eos": True},
+    {"bad_words": ["perhaps", " Final"]},
     {"continue_final_message": True, "messages": [{"role": "assistant", "content": "So. **Final Answer** It is"}]},
 ])  # fmt: skip
 def test_what_is_left_alone(fields: dict[str, Any]) -> None:
@@ -132,6 +155,11 @@ def test_what_is_left_alone(fields: dict[str, Any]) -> None:
 def test_a_loop_that_is_not_to_be_concluded_is_left_to_vllms_detection() -> None:
     request, _ = asked(Profile(governor="on"), governor={"loop": False})
     assert request.repetition_detection == "ours"
+
+
+def test_what_cannot_be_asked_is_refused_beside_a_grammar_too() -> None:
+    with pytest.raises(Refuse, match="'lop' is no switch"):
+        asked(Profile(governor="on"), governor={"lop": True}, structured_outputs="a grammar")
 
 
 def test_a_server_without_a_governor_refuses_its_field() -> None:

@@ -86,22 +86,15 @@ def test_hooks_are_loaded_by_name_beside_ours_and_can_be_left_out(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     mine = "beside_the_user:Mine"
-    assert [hook.name for hook in load(Profile(hook=mine))] == ["request", "governor", "answer", "language", "Mine"]
-    assert [hook.name for hook in load(Profile(hook=mine, without_hooks="answer,Mine"))] == [
-        "request",
-        "governor",
-        "language",
-    ]
-    assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == [
-        "request",
-        "governor",
-        "answer",
-        "language",
-        "guard",
-    ]
+    last = ["request", "governor"]
+    assert [hook.name for hook in load(Profile(hook=mine))] == ["answer", "language", "Mine", *last]
+    assert [hook.name for hook in load(Profile(hook=mine, without_hooks="answer,Mine"))] == ["language", *last]
+    assert [hook.name for hook in load(Profile(guard_url="http://guard"))] == ["answer", "language", "guard", *last]
 
 
-def test_hooks_of_installed_packages_come_last_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_of_installed_packages_come_after_the_flags_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "somebodys-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\n")
@@ -109,7 +102,7 @@ def test_hooks_of_installed_packages_come_last_by_name(tmp_path: Path, monkeypat
     (package / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(tmp_path))
     hooks = load(Profile(hook="tests.unit.test_hooks:Slow"))
-    assert [hook.name for hook in hooks][-3:] == ["slow", "first", "second"]
+    assert [hook.name for hook in hooks][2:] == ["slow", "first", "second", "request", "governor"]
 
 
 @pytest.mark.parametrize(

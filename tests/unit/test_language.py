@@ -8,6 +8,7 @@ from qvq_serve.hooks.language import languages, switches
 def test_letters_are_counted_by_script_without_digits_and_commands() -> None:
     assert languages("So 12 \\frac{3}{4} 你好") == {"Latin": 0.5, "Han": 0.5}
     assert languages("12 + 3 = 15") == {}
+    assert languages("5 µm, 𝑥 ∈ ℝ, Ａ, 3 º") == {"Latin": 0.833, "Greek": 0.167}
     assert list(languages("мир и хлеб, so")) == ["Cyrillic", "Latin"]
 
 
