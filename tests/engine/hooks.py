@@ -30,7 +30,7 @@ class Obliging(Hook):
             raise Refuse("is 77 x 77 px, of which there were enough", 451)
 
     async def on_text(self, context: Context, choice: int, part: Part, text: str) -> None:
-        if "stop at once" in asked(context):
+        if "stop at once" in asked(context) or ("stop the first" in asked(context) and choice == 0):
             raise Stop(by="obliging", part=part)
         if "pause in text" in asked(context) and not context.state.get("pieces"):
             await asyncio.sleep(2.5)

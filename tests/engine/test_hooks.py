@@ -108,6 +108,25 @@ def test_a_hook_stops_a_request(guarded: Server, stream: bool) -> None:
     assert (last["qvq"]["ended"], last["qvq"]["by"], last["qvq"]["part"]) == ("filtered", "obliging", "reasoning")
 
 
+def test_a_hook_stops_a_choice_of_a_stream_and_the_others_go_on(guarded: Server) -> None:
+    """All of them were ended as filtered, and the usage was lost."""
+    told = {"stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 1, "seed": 1}
+    chunks = streamed(guarded, "stop the first", n=3, max_tokens=12, **told)
+    ends = {one["index"]: one for chunk in chunks for one in chunk["choices"] if one.get("finish_reason")}
+    assert [ends[index]["finish_reason"] for index in range(3)] == ["content_filter", "length", "length"]
+    assert [ends[index]["qvq"]["ended"] for index in range(3)] == ["filtered", "length", "length"]
+    assert not [
+        one for chunk in chunks for one in chunk["choices"] if one["index"] == 0 and one["delta"].get("reasoning")
+    ]
+    assert chunks[-1]["usage"]["completion_tokens"] == 36
+
+
+def test_a_part_without_its_type_is_known_by_its_keys(guarded: Server) -> None:
+    """With a guard it was a 500."""
+    answer = guarded.chat({"role": "user", "content": [{"text": "Hi"}]}, max_tokens=4)
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_stopped_stream_frees_its_slot(guarded: Server) -> None:
     def running() -> str:
         lines = httpx.get(f"{guarded.url}/metrics").text.splitlines()
