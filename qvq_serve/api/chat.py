@@ -246,7 +246,7 @@ async def streamed(
     open_choices = set(range(context.request.n or 1))
     several = len(open_choices) > 1
     untouched = not chain.stages["on_text"]
-    stopped: set[int] = set()
+    stopped, running = set[int](), set(open_choices)  # by a hook; in the engine
     try:
         async for event in events:
             if context.first_text is None and '"role"' not in event:
@@ -260,7 +260,9 @@ async def streamed(
                 open_choices.clear()
             for choice in chunk.get("choices", ()):  # one a chunk, as vLLM writes them
                 index = choice["index"]
-                if index in stopped:  # its engine goes on until all choices are done
+                if choice.get("finish_reason"):
+                    running.discard(index)
+                if index in stopped:
                     event = ""
                     continue
                 try:
@@ -269,11 +271,11 @@ async def streamed(
                     answer = await finished(context, chain, index, "filtered", dict(stop.details))
                     event = closing(chunk, index, answer.qvq, several)
                     stopped.add(index)
-                if index in stopped or choice.get("finish_reason"):
+                if index in stopped or index not in running:
                     open_choices.discard(index)
             if event:
                 yield event
-            if stopped and not open_choices:
+            if stopped & running and not open_choices:  # the usage would come with the end of what nobody gets
                 yield DONE
                 break
     except (HookFailed, Refuse) as failure:
