@@ -26,9 +26,9 @@ from qvq_serve.api import lifecycle, limits
 from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
-from qvq_serve.hooks.governing import most_tokens
 from qvq_serve.hooks.images import bound_images
 from qvq_serve.hooks.reasoning import PARSERS, STREAMING, Parsed
+from qvq_serve.hooks.request import most_tokens
 
 PATH = "/v1/chat/completions"
 EVENT_STREAM = "text/event-stream"
@@ -193,7 +193,7 @@ async def completed(context: Context, chain: Chain, answer: Answer, parsed: Pars
     await chain.after(context, answer)
     count(answer, parsed)
     if parsed.act and parsed.act.why == "loop":
-        metrics.SAVED.inc(max(most_tokens(context.request) - parsed.tokens, 0))
+        metrics.SAVED.inc(max(most_tokens(context.request, launched_profile()) - parsed.tokens, 0))
     return answer
 
 
@@ -309,8 +309,8 @@ async def passed(context: Context, chain: Chain, chunk: dict[str, Any], choice: 
     if not (reason := choice.get("finish_reason")):
         return event
     answer = await finished(context, chain, choice["index"], None, {}, reason)
-    if told(reason, answer) != reason:
-        choice["finish_reason"] = told(reason, answer)
+    if (finish := told(reason, answer)) != reason:
+        choice["finish_reason"] = finish
         event = f"{DATA}{compact(chunk)}\n\n"
     if (context.request.n or 1) > 1:
         choice["qvq"] = answer.qvq

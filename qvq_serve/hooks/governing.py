@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from qvq_serve.engine import launched_profile
 from qvq_serve.governor.policy import LEFT, SCRIPTS, XARG, Orders, orders, read_policy, script_bits, within
 from qvq_serve.hooks import Context, Hook, Refuse, content_parts
 from qvq_serve.hooks.language import scripts
@@ -73,13 +72,6 @@ def question_scripts(request: Any) -> list[str]:
              if message.get("role") == "user" and isinstance(message.get("content"), str)]  # fmt: skip
     texts += [part.get("text") or "" for part in content_parts(request.messages)]
     return [name if name in SCRIPTS else "Other" for name in scripts(" ".join(texts)) if name != "Greek"]
-
-
-def most_tokens(request: Any, prompt_tokens: int = 0) -> int:
-    """Tokens that a request may write at most, beside a prompt of so many."""
-    profile = launched_profile()
-    most = min(profile.max_output_tokens, profile.max_model_len - prompt_tokens)
-    return min(request.max_completion_tokens or request.max_tokens or most, most)
 
 
 @dataclass

@@ -14,11 +14,12 @@ from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserSt
 from vllm.parser.engine.streaming_parser_engine import StreamingParserEngine
 from vllm.reasoning import ReasoningParser
 
-from qvq_serve.engine import PARSER
+from qvq_serve.engine import PARSER, launched_profile
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
-from qvq_serve.hooks.governing import GOVERNED, Act, act, most_tokens
+from qvq_serve.hooks.governing import GOVERNED, Act, act
 from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
+from qvq_serve.hooks.request import most_tokens
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
 PARSERS = "qvq_parsers"
@@ -196,5 +197,5 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         """What the governor did to the choice, its answer beginning at one of its tokens."""
         if not self.context or not (given := self.context.state.get(GOVERNED)):
             return None
-        given = given.of(most_tokens(self.context.request, self.prompt_tokens))
+        given = given.of(most_tokens(self.context.request, launched_profile(), self.prompt_tokens))
         return act(given, self.model_tokenizer, ids, answer)

@@ -47,8 +47,13 @@ class RequestDefaults(Hook):
         # With a grammar the budget ends a loop, so that its answer comes.
         request.structured_outputs, request.response_format = behind, None
         if request.thinking_token_budget is None:
-            output = request.max_completion_tokens or request.max_tokens or self.profile.max_output_tokens
-            request.thinking_token_budget = int(min(output, self.profile.max_output_tokens) * SHARE_OF_REASONING)
+            request.thinking_token_budget = int(most_tokens(request, self.profile) * SHARE_OF_REASONING)
+
+
+def most_tokens(request: Any, profile: Profile, prompt_tokens: int = 0) -> int:
+    """Tokens that a request may write at most, beside a prompt of so many."""
+    most = min(profile.max_output_tokens, profile.max_model_len - prompt_tokens)
+    return min(request.max_completion_tokens or request.max_tokens or most, most)
 
 
 def loop_detection(most: int) -> Any:
