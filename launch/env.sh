@@ -53,10 +53,16 @@ repair_cpu() {
     "$VENV/bin/python" -c 'import torchvision.transforms.v2' || fail "torchvision cannot be imported beside this torch."
 }
 
-# For the profiles with --attention-backend FLASHINFER, which qvq-serve refuses without them or a compiler.
-fetch_kernels() {
-    "$VENV/bin/vllm" download-kernels >&2 || echo "$(basename "$0"): FlashInfer's kernels could not be fetched" \
-        "(vllm download-kernels); qvq-serve says where it needs them." >&2
+# For the profiles with --attention-backend FLASHINFER, which qvq-serve refuses without them or a compiler. What could
+# not be fetched is tried again at the next start.
+fetch_kernels() {  # THE ENVIRONMENT'S SUM
+    [ "$(cat "$VENV/.kernels" 2>/dev/null)" = "$1" ] && return
+    if "$VENV/bin/vllm" download-kernels >&2; then
+        echo "$1" > "$VENV/.kernels"
+    else
+        echo "$(basename "$0"): FlashInfer's kernels could not be fetched (vllm download-kernels);" \
+            "qvq-serve says where it needs them." >&2
+    fi
 }
 
 make_environment() {  # EXTRA…
@@ -74,9 +80,10 @@ make_environment() {  # EXTRA…
         echo "$(basename "$0"): making $VENV for $extras; this takes some minutes, once" >&2
         [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
         install "$extras"
-        if [ "$extra" = gpu ]; then fetch_kernels; else repair_cpu; fi
+        [ "$extra" = gpu ] || repair_cpu
         echo "$wanted" > "$done_file"
     fi
+    [ "$extra" = cpu ] || fetch_kernels "$wanted"
     exec 9>&-
     export PATH="$VENV/bin:$PATH"
 }
