@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from qvq_serve import __version__
-from qvq_serve.errors import EXIT_DOES_NOT_FIT, QvqError, UsageError, nearest
+from qvq_serve.errors import EXIT_DOES_NOT_FIT, EXIT_START, QvqError, UsageError, nearest
 from qvq_serve.profile import NAMES, OPTIONS, flag, option_type, variable
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename:  # rights, a disk, a network's file system
+            print(f"qvq-serve: {error.filename}: {error.strerror}.", file=sys.stderr)
+            return EXIT_START
         print(f"qvq-serve: a fault of ours: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         return 1
 
@@ -217,19 +220,19 @@ def chosen(arguments: argparse.Namespace, pick: bool = True) -> tuple["Resolved"
     if arguments.demo and name not in (None, "demo"):
         raise UsageError(f"--demo and --profile {name} are both given; leave one of them out.")
     given = {name: getattr(arguments, name) for name in NAMES if getattr(arguments, name) is not None}
-    gpus = visible_gpus()
+    gpus = [] if getattr(arguments, "gpu", None) else visible_gpus()
+    own = [read_profile(Path(arguments.config))] if arguments.config else []
     if arguments.demo:
         name = "demo"
     elif (
         pick
         and not name
-        and not arguments.config
         and not any(key in given or variable(key) in os.environ for key in CHOOSES_MODEL)
+        and not any(key in file.values for file in own for key in CHOOSES_MODEL)
     ):
         name = fitting(gpus)
     files = [shipped_profile(name)] if name else []
-    if arguments.config:
-        files.append(read_profile(Path(arguments.config)))
+    files += own
     warn_of_variables()
     return resolve(given, os.environ, tuple(files), arguments.vllm), gpus
 
@@ -317,6 +320,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     if profile.model in KNOWN and missing_files(locate(profile.model)):
         from qvq_serve.download import download
 
+        engine.rehearse(profile, launch.argv)  # a slip is said before 147 GB come
         download(profile.model)
     preflight.check_model(profile)
     for name, reason in launch.reasons.items():
@@ -387,6 +391,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         for name in ("tp", "pp", "quantization", "kv_cache_dtype"):
             if (source := resolved.sources[name]) != "default":
                 raise UsageError(f"--fit chooses {flag(name)} itself, and {source} gives it; leave one of them out.")
+        check_usage(profile)  # of one GPU here: all but what is chosen
         made = advice.fit(profile, card, size, num_gpus, arguments.typical_output)
     else:
         check_usage(profile)
@@ -431,7 +436,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     launch = engine.command(resolved.profile, gpus=len(gpus))
     chain.load(resolved.profile)
     preflight.check_model(resolved.profile)
-    if arguments.vllm:  # vLLM's imports take seconds
+    if resolved.profile.vllm:  # vLLM's imports take seconds
         engine.parse(launch.argv)
     print("nothing stands against a start")
     return 0

@@ -97,17 +97,20 @@ def reason(error: BaseException) -> str:
 
 def check_space(target: Path, files: list[RemoteFile]) -> None:
     """Raises StartError where the disk cannot hold what is still to come."""
-    present = [target / f.path for f in files]
-    missing = sum(
-        f.size for f, path in zip(files, present, strict=True) if not path.is_file() or path.stat().st_size != f.size
-    )
+    lacking = [f for f in files if not is_of_size(target / f.path, f.size)]
+    parts = sum(part.stat().st_size for part in target.rglob("*.incomplete") if part.is_file())  # of both hubs
+    missing = max(0, sum(f.size for f in lacking) - parts)
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if missing * (1 + SPARE_SHARE) > free:
         raise StartError(
-            f"{target} needs {missing * (1 + SPARE_SHARE) / GIB:.1f} GiB for {len(files)} files, and its disk has "
+            f"{target} needs {missing * (1 + SPARE_SHARE) / GIB:.1f} GiB for {len(lacking)} files, and its disk has "
             f"{free / GIB:.1f} GiB free; make room, or name another place with --to or QVQ_CACHE."
         )
+
+
+def is_of_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def list_modelscope(repo: str) -> list[RemoteFile]:
@@ -170,7 +173,7 @@ def fetch_huggingface(repo: str, target: Path, files: list[RemoteFile]) -> None:
 
 def is_sound(path: Path, file: RemoteFile) -> bool:
     """Whether a local file has the size and hash that its repository lists."""
-    if not path.is_file() or path.stat().st_size != file.size:
+    if not is_of_size(path, file.size):
         return False
     digest = hashlib.new(file.algorithm)
     if file.algorithm == "sha1":  # git hashes a header before the content

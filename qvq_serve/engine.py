@@ -232,18 +232,13 @@ def run(launch: Command) -> None:
     """Serve until told to stop. Raises UsageError for arguments that vLLM refuses, StartError where it cannot start."""
     kept = {name: os.environ[name] for name in GIVE_WAY if name in os.environ}
     os.environ.update(launch.environment | kept | launch.secrets)
-    try:
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-        from vllm.logger import configure_logging_from_args
-    except ImportError as error:
-        raise StartError(
-            f"vLLM cannot be imported ({error}); `bash launch/serve.sh` installs it, as does "
-            "pip install 'qvq-serve[gpu]' (or [cpu])."
-        ) from None
-    cli_env_setup()
     arguments = parse(launch.argv)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
     configure_logging_from_args(arguments)
     prove_plugin()
     from qvq_serve.api import lifecycle
@@ -267,10 +262,16 @@ GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"
 def parse(argv: list[str]) -> argparse.Namespace:
     """`vllm serve`'s arguments by vLLM's own parser. Raises UsageError, with the nearest flag, for what it refuses.
 
-    A flag cut short is refused too: --tensor-paral would set what --tp sets.
+    A flag cut short is refused too: --tensor-paral would set what --tp sets. Raises StartError where there is no vLLM.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise StartError(
+            f"vLLM cannot be imported ({error}); `bash launch/serve.sh` installs it, as does "
+            "pip install 'qvq-serve[gpu]' (or [cpu])."
+        ) from None
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
@@ -281,6 +282,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     arguments: argparse.Namespace = make_arg_parser(Parser(prog="vllm serve", allow_abbrev=False)).parse_args(argv)
     return arguments
+
+
+def rehearse(profile: Profile, argv: list[str]) -> None:
+    """Make the hooks and parse the arguments, as `run` will, in a process of its own: vLLM reads variables as it is
+    imported, and the download before a start needs others. Raises what they raise."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(rehearsed, profile, argv).result()
+
+
+def rehearsed(profile: Profile, argv: list[str]) -> None:
+    """What `rehearse` runs; nothing is given back, as it could not be pickled."""
+    from qvq_serve.hooks import chain
+
+    chain.load(profile)
+    parse(argv)
 
 
 def prove_plugin() -> None:

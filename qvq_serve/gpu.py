@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from qvq_serve.errors import StartError
 
 GIB = 2**30
 
@@ -24,14 +26,23 @@ class Gpu:
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """The driver's library, open for a moment. Raises pynvml.NVMLError where there is no driver."""
+    """The driver's library, open for a moment.
+
+    Raises pynvml's own NVMLError_LibraryNotFound or NVMLError_DriverNotLoaded where there is no driver, and StartError
+    where there is one that fails: a machine with a broken driver is none without GPUs.
+    """
     import pynvml
 
-    pynvml.nvmlInit()
     try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
+        pynvml.nvmlInit()
+        try:
+            yield pynvml
+        finally:
+            pynvml.nvmlShutdown()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        raise
+    except pynvml.NVMLError as error:
+        raise StartError(f"the NVIDIA driver fails: {error}; `nvidia-smi` may tell more.") from None
 
 
 def used_bytes(gpus: list[Gpu]) -> list[int]:
@@ -50,27 +61,32 @@ def driver_version() -> str:
 
 
 def processes_on(gpu: Gpu) -> list[tuple[int, int]]:
-    """(pid, bytes) of the processes that compute on a card; 0 bytes where the driver does not tell."""
+    """(pid, bytes) of the processes that compute on a card; 0 bytes, or no process, where the driver does not tell."""
     with nvml() as driver:
-        found = driver.nvmlDeviceGetComputeRunningProcesses(driver.nvmlDeviceGetHandleByIndex(gpu.index))
+        try:
+            found = driver.nvmlDeviceGetComputeRunningProcesses(driver.nvmlDeviceGetHandleByIndex(gpu.index))
+        except driver.NVMLError_NotSupported:  # of virtual cards
+            return []
         return [(process.pid, process.usedGpuMemory or 0) for process in found]
 
 
 def visible_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order; empty where there is no driver."""
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order; empty where there is no driver.
+
+    Raises StartError where the driver fails.
+    """
     import pynvml
 
-    with ExitStack() as stack:
-        try:
-            driver = stack.enter_context(nvml())
-        except pynvml.NVMLError:
-            return []
-        handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
-        gpus = [
-            Gpu(i, str(driver.nvmlDeviceGetName(handle)), int(driver.nvmlDeviceGetMemoryInfo(handle).total))
-            for i, handle in enumerate(handles)
-        ]
-        uuids = [str(driver.nvmlDeviceGetUUID(handle)) for handle in handles]
+    try:
+        with nvml() as driver:
+            handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
+            gpus = [
+                Gpu(i, str(driver.nvmlDeviceGetName(handle)), int(driver.nvmlDeviceGetMemoryInfo(handle).total))
+                for i, handle in enumerate(handles)
+            ]
+            uuids = [str(driver.nvmlDeviceGetUUID(handle)) for handle in handles]
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return gpus

@@ -19,7 +19,7 @@ from qvq_serve.memory import (
 )
 from qvq_serve.model import DEMO, ModelGeometry
 from qvq_serve.preflight import CPU_OVERHEAD_GIB, LEAST_SHM_BYTES
-from qvq_serve.profile import Resolved
+from qvq_serve.profile import Resolved, workers
 
 START_DEMO_S, START_EAGER_S, START_COMPILED_S = 115, 100, 249
 """The slowest measured start of its kind: starts_2026-11-24.json has 115.0, 99.3 and 248.2 (85 of it torch.compile)."""
@@ -50,31 +50,33 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
     profile, hardware = resolved.profile, resolved.hardware
     geometry = ModelGeometry.load(profile.model)
     demo = profile.model == DEMO
-    workers = profile.tp * profile.pp
+    gpus = workers(profile)
     card, size = card_memory(gpu or f"{hardware.gpu_gib or 1}")  # a CPU's says nothing
     limits = engine_limits(profile, (hardware.name if not gpu else card).lower(), size / GIB)
 
     kind = weight_kind(replace(profile, quantization=None), geometry)  # as it lies on disk
     checkpoint = language_weights(geometry, kind, 1, 1) + vision_weights(geometry, kind, 1, True)
-    processes = CPU_OVERHEAD_GIB + (0 if demo else WORKER_GIB * workers)
+    processes = CPU_OVERHEAD_GIB + (0 if demo else WORKER_GIB * gpus)
     in_host = sum(plan_host(profile, geometry).values()) if demo else 0
-    shm = max(1, math.ceil(2 * LEAST_SHM_BYTES * workers / GIB))
+    shm = max(1, math.ceil(2 * LEAST_SHM_BYTES * gpus / GIB))
     memory = processes + shm + (host_bytes(profile, limits) + in_host) / GIB
     started = START_DEMO_S if demo else START_EAGER_S if limits.eager else START_COMPILED_S
     read = 0 if demo else math.ceil(checkpoint / READ_BYTES_S)
     answer = math.ceil(min(profile.request_timeout, FIRST_TOKEN_S + profile.max_output_tokens * TOKEN_S))
     given = resolved.sources["drain_timeout"] != "default"
     drain = math.ceil(profile.drain_timeout) if given else answer
+    by_data = gpus // (profile.tp * profile.pp)
+    split = f"tp {profile.tp} x pp {profile.pp}" + (f" x data parallelism {by_data}" if by_data > 1 else "")
     return {
-        "gpus": Figure(0 if demo else workers, f"tp {profile.tp} x pp {profile.pp}" if not demo else "none: a CPU"),
+        "gpus": Figure(0 if demo else gpus, "none: a CPU" if demo else split),
         "cpus": Figure(
-            2 if demo else 2 * (2 + workers),
-            "the demo was measured on 2" if demo else f"two threads each for API, engine and {workers} workers",
+            2 if demo else 2 * (2 + gpus),
+            "the demo was measured on 2" if demo else f"two threads each for API, engine and {gpus} workers",
         ),
         "memoryGiB": Figure(
             math.ceil(memory), f"processes {processes}, /dev/shm {shm}, the rest grows with the limits (README)"
         ),
-        "shmGiB": Figure(shm, f"twice what the start asks for with {workers} workers, at least 1"),
+        "shmGiB": Figure(shm, f"twice what the start asks for with {gpus} workers, at least 1"),
         "weightsGiB": Figure(
             1 if demo else math.ceil(checkpoint * 1.1 / GIB),
             "the demo is built at the start" if demo else f"{checkpoint / 1e9:.0f} GB on disk, and a tenth",

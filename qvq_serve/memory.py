@@ -56,12 +56,16 @@ tensor parallelism divides: 2.22, 1.51 and 1.16 GiB at TP 1, 2 and 4."""
 # Total memory in GiB as CUDA reports it. H100 and H200 were read here; the rest is what their users report, within 0.3.
 CARDS = {"h100": 79.18, "h200": 139.80, "h100-nvl": 93.1, "a100-80gb": 79.2, "a100-40gb": 39.4, "l40s": 44.4,
          "rtx-6000-ada": 47.4, "l4": 22.0, "b200": 178.4}  # fmt: skip
+CUDA_SHARE = 0.995
+"""Of a card's memory as NVML counts it: what CUDA reports."""
 FLASHINFER_WORKSPACE = 394 * MIB
 """vLLM's own, the default of VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE; allocated in the trial capture of CUDA graphs."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where PyTorch's allocator is configured; what an operator says there stays."""
 SUFFIXES = "kKmMgGtT"
 """Of the numbers that vLLM reads with them: 8k is 8000, 8K is 8192 (vllm/engine/arg_utils.py, `human_readable_int`)."""
+TYPICAL_TEXT = 256
+"""Tokens of a typical request's text."""
 KV_CACHE_TYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
 USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
 
@@ -103,9 +107,10 @@ def expandable_segments(profile: Profile) -> bool:
 
 
 def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimits:
-    """Reads the flags after `--`. Raises UsageError for a value that is no number.
+    """Reads the flags after `--`. Raises UsageError for a value that is no number, or that vLLM refuses beside another.
 
-    Defaults by card: vllm/engine/arg_utils.py, `get_batch_defaults`, for the API server.
+    Defaults by card: vllm/engine/arg_utils.py, `get_batch_defaults` and
+    `_set_default_max_num_seqs_and_batched_tokens_args`, for the API server.
     """
     given = given_flags(profile.vllm)
 
@@ -123,8 +128,16 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
     tokens, seqs = (
         (2048, 256) if memory_gib < 70 or "a100" in card else (8192, 1024) if memory_gib < 160 else (16384, 1024)
     )
-    seqs = number("--max-num-seqs", seqs)
-    tokens = number("--max-num-batched-tokens", tokens, SUFFIXES)
+    twice = 2 if given.get("--performance-mode") == "throughput" else 1
+    seqs = number("--max-num-seqs", twice * seqs)
+    tokens = number("--max-num-batched-tokens", min(twice * tokens, seqs * profile.max_model_len), SUFFIXES)
+    if "--max-num-seqs" not in given:
+        seqs = min(seqs, tokens)
+    elif seqs > tokens:
+        raise UsageError(
+            f"--max-num-seqs {seqs} is above --max-num-batched-tokens {tokens}, and each running sequence takes a "
+            "token of a step; lower the one or raise the other."
+        )
     kv_bytes = number("--kv-cache-memory-bytes", 0, SUFFIXES)
     sizes = capture_sizes(number("--max-cudagraph-capture-size", min(2 * seqs, 512)))
     if words := given_words(profile.vllm, "--cudagraph-capture-sizes"):
@@ -189,7 +202,7 @@ def four_bit_size(geometry: ModelGeometry) -> float:
     else:
         zero = 2.0 if config.get("quant_method") == "awq" else 0.5
     group = geometry.quantization_group
-    return float(config.get("bits", 4) / 8 + ((scale + zero) / group if group > 1 else 0))
+    return float((config.get("bits") or 4) / 8 + ((scale + zero) / group if group > 1 else 0))
 
 
 def language_weights(geometry: ModelGeometry, kind: str, tp: int, pp: int) -> int:
@@ -341,7 +354,18 @@ class MemoryPlan:
     @property
     def typical_tokens(self) -> int:
         """A typical request: one image at the limit, 256 tokens of text, and the output."""
-        return self.profile.max_visual_tokens + 256 + self.typical_output
+        return self.profile.max_visual_tokens + TYPICAL_TEXT + self.output
+
+    @property
+    def output(self) -> int:
+        """Of a typical request: as asked for, but no more than a request may write."""
+        room = self.profile.max_model_len - self.profile.max_visual_tokens - TYPICAL_TEXT
+        return max(1, min(self.typical_output, self.profile.max_output_tokens, room))
+
+    @property
+    def replicas(self) -> int:
+        """Of the model, by vLLM's --data-parallel-size: each with its own sequences and KV cache."""
+        return workers(self.profile) // (self.profile.tp * self.profile.pp)
 
     @property
     def fits(self) -> bool:
@@ -364,12 +388,13 @@ def card_memory(card: str) -> tuple[str, int]:
 
 
 def card_of(gpu: Gpu) -> tuple[str, int]:
-    """(name, bytes) of a card of this machine, as CUDA reports it: NVML, which names it, counts half a percent more."""
-    name = gpu.name.lower()
+    """(name, bytes) of a card of this machine, as CUDA reports it, where the table has it as CUDA did."""
+    name, counted = gpu.name.lower(), int(gpu.memory_bytes * CUDA_SHARE)
     for card in sorted(CARDS, key=len, reverse=True):
-        if all(part in name for part in card.split("-")):
+        # A GH200 is no H200, an L40 no L4, and a share of a card not the card.
+        if all(part in name for part in card.split("-")) and abs(counted / GIB / CARDS[card] - 1) < 0.03:
             return card.upper(), int(CARDS[card] * GIB)
-    return gpu.name, int(gpu.memory_bytes * 0.995)
+    return gpu.name, counted
 
 
 def plan(
@@ -432,7 +457,7 @@ def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
     except UsageError:  # the plan knows nothing of this, and --force started it
         return CPU_QUEUED
     limits = engine_limits(profile, made.card.lower(), made.memory / GIB)
-    return max(16, math.ceil(2 * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
+    return max(16, math.ceil(2 * made.replicas * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
 
 
 def explain(profile: Profile, limits: EngineLimits, kind: str, lost: int) -> dict[str, str]:
@@ -494,9 +519,10 @@ def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
         f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {made.context / GIB:.2f} of CUDA's own{nccl}",
         f"host memory that grows with the limits: {made.host / GIB:.1f} GiB (pinned buffers, processor caches)",
         f"KV cache: {made.kv_cache_tokens} tokens of {made.kv_bytes_per_token} bytes a GPU; at once "
+        f"{f'in each of {made.replicas} replicas ' if made.replicas > 1 else ''}"
         f"{made.requests(profile.max_model_len):.1f} requests of {profile.max_model_len} tokens, "
         f"{made.requests(made.typical_tokens):.1f} typical ones of {made.typical_tokens} "
-        f"({profile.max_visual_tokens} of image, 256 of text, {made.typical_output} of output)",
+        f"({profile.max_visual_tokens} of image, {TYPICAL_TEXT} of text, {made.output} of output)",
     ]
     lines += [f"does not fit: {problem}" for problem in made.problems]
     lines += [

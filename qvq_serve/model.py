@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from qvq_serve.errors import UsageError, nearest
 
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 DEMO = "demo"
+LEFT_OUT = ("ignore", "ignored_layers", "modules_to_not_convert")
+"""Where a quantization_config names what is not quantised: compressed-tensors, and vLLM's FP8."""
+HEADER_BYTES = 100_000_000
+"""Of a safetensors file, at most (the library's own bound)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,9 @@ class ModelGeometry:
     @property
     def quantizes_vision(self) -> bool:
         """Whether FP8 takes the vision encoder's layers: vLLM's own does, and a checkpoint names what it leaves out."""
-        return not any("visual" in name for name in (self.quantization or {}).get("ignore", []))
+        config = self.quantization or {}
+        left_out = [name for key in LEFT_OUT for name in config.get(key) or []]
+        return not any("visual" in str(name) for name in left_out)
 
     def tensor_parallel_sizes(self) -> Iterator[int]:
         """The numbers of GPUs that its heads, vision heads and groups of MLP columns can be divided by."""
@@ -142,6 +149,10 @@ class ModelGeometry:
             for name, value in vars(made).items():
                 if name not in ("tied_embeddings", "quantization") and not (type(value) is int and value > 0):
                     raise ValueError(f"{name} is {value!r}, and must be a whole number from 1 up")
+            method = made.quantization or {}
+            for name, kind in (("quant_method", str), ("bits", int), *((name, list) for name in LEFT_OUT)):
+                if not isinstance(value := method.get(name) or kind(), kind):
+                    raise ValueError(f"{name} of its quantization_config is {value!r}")
             if made.intermediate_size % (group := made.quantization_group):
                 raise ValueError(f"its quantisation groups of {group} do not divide {made.intermediate_size} columns")
             return made
@@ -180,12 +191,35 @@ def missing_files(directory: Path) -> list[str]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards[0]
+        except (ValueError, LookupError, TypeError, AttributeError):
             return [*lacking, index.name]  # cut short: to be brought again
         lacking += [shard for shard in shards if not (directory / shard).is_file()]
-    elif not any(directory.glob("*.safetensors")):
+    elif not (shards := list(directory.glob("*.safetensors"))):
         lacking.append("*.safetensors")
+    elif any(re.search(r"-\d{5}-of-\d{5}$", shard.stem) for shard in shards):
+        lacking.append(index.name)  # which says how many they are
     return lacking
+
+
+def cut_short(directory: Path) -> list[str]:
+    """The weight files that end before the tensors of their header, or have none, as Git LFS's pointers."""
+    return sorted(path.name for path in directory.glob("*.safetensors") if not is_whole(path))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes, the header's length, and the header first."""
+    size = path.stat().st_size
+    with path.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if not 0 < length <= min(size - 8, HEADER_BYTES):
+            return False
+        try:
+            tensors = json.loads(content.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+            return bool(size == 8 + length + max(ends, default=0))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
 
 
 def weight_bytes(directory: Path) -> int:

@@ -22,7 +22,7 @@ from qvq_serve.memory import (
     uses_flashinfer,
     weight_kind,
 )
-from qvq_serve.model import DEMO, KNOWN, ModelGeometry, divisors, locate, missing_files, weight_bytes
+from qvq_serve.model import DEMO, KNOWN, ModelGeometry, cut_short, divisors, locate, missing_files, weight_bytes
 from qvq_serve.profile import Profile, Resolved, given_flags, nodes, workers
 
 LEAST_DRIVER = 580
@@ -113,13 +113,20 @@ def check_model(profile: Profile) -> None:
         remedy = f"`qvq-serve download --model {profile.model}`" if profile.model in KNOWN else "the complete directory"
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise StartError(f"{directory} lacks {shown}; {remedy} brings it.")
+    if cut := cut_short(directory):
+        raise StartError(
+            f"{directory / cut[0]} is cut short, or no weights"
+            f"{f', and {len(cut) - 1} more are' if cut[1:] else ''}; remove it, and bring it again."
+        )
 
 
 def check_host_memory(profile: Profile) -> None:
     """On a machine without a GPU, memory for weights and processes. Raises StartError."""
+    import psutil
+
     if profile.model == DEMO:
         return
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    available = psutil.virtual_memory().available / GIB  # with the page cache, which gives way
     needed = weight_bytes(locate(profile.model)) / GIB + CPU_OVERHEAD_GIB
     if needed > available:
         raise StartError(

@@ -191,18 +191,24 @@ class Profile:
             raise UsageError("both an API key and --api-key-file are given; leave one of them out.")
 
     def key(self) -> str | None:
-        """The API key, from where it was given; None for an open server. Raises UsageError for an unreadable file."""
+        """The API key, the first of a file; None for an open server. Raises UsageError for a file without one."""
         if self.api_key_file is None:
             return self.api_key
         try:
-            lines = Path(self.api_key_file).read_text("utf-8-sig").splitlines()
+            found = keys_in(Path(self.api_key_file))
         except OSError as error:
             raise UsageError(f"--api-key-file {self.api_key_file} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:
             raise UsageError(f"--api-key-file {self.api_key_file} is no text; it must be keys, one a line.") from None
-        if not lines or not lines[0].strip():
-            raise UsageError(f"--api-key-file {self.api_key_file} has no key on its first line.")
-        return lines[0].strip()
+        if not found:
+            raise UsageError(f"--api-key-file {self.api_key_file} has no key; it must be keys, one a line.")
+        return found[0]
+
+
+def keys_in(path: Path) -> list[str]:
+    """The keys of a file, one a line; empty lines, and those that begin with #, are none."""
+    lines = (line.strip() for line in path.read_text("utf-8-sig").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 OPTIONS = [f for f in fields(Profile) if "help" in f.metadata]

@@ -19,7 +19,7 @@ from qvq_serve import metrics
 from qvq_serve.api import lifecycle
 from qvq_serve.engine import API_KEY_VARIABLE, launched_profile
 from qvq_serve.hooks.chain import names
-from qvq_serve.profile import Profile
+from qvq_serve.profile import Profile, keys_in
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -54,13 +54,13 @@ class Keys:
             stamp = (stat.st_mtime_ns, stat.st_size)
             if stamp == self.stamp:
                 return
-            lines = [line.strip() for line in self.file.read_text("utf-8-sig").splitlines()]
+            found = keys_in(self.file)
         except (OSError, UnicodeDecodeError) as error:
             log.warning("the file of keys cannot be read (%s); the keys stay as they are", error)
             return
         self.stamp = stamp
-        if found := [digest(line) for line in lines if line and not line.startswith("#")]:
-            self.digests = found
+        if found:
+            self.digests = [digest(key) for key in found]
         else:
             log.warning("the file of keys has no key; the keys stay as they are")
 

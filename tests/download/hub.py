@@ -7,11 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+TENSOR = bytes(range(256)) * 4 * 1024
+HEADER = json.dumps({"x": {"dtype": "U8", "shape": [len(TENSOR)], "data_offsets": [0, len(TENSOR)]}}).encode()
 MODEL = {
     "config.json": b"{}",
     "preprocessor_config.json": b"{}",
     "tokenizer_config.json": b"{}",
-    "model.safetensors": bytes(range(256)) * 4 * 1024,
+    "model.safetensors": len(HEADER).to_bytes(8, "little") + HEADER + TENSOR,
 }
 WEIGHTS = "model.safetensors"
 COMMIT = "c" * 40

@@ -105,7 +105,8 @@ def test_too_small_a_disk_is_refused_before_anything_is_fetched(hub: Hub, tmp_pa
 def test_a_disk_that_fills_up_is_named(hub: Hub, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    # Room for the weights once: what has come of them is room that the same command does not need again.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk to fill")
     try:
@@ -169,6 +170,18 @@ def test_a_start_brings_weights_that_are_not_there_first(hub: Hub, tmp_path: Pat
     assert "--force goes on against this: no NVIDIA GPU is visible" in done.stderr
     assert "Traceback" not in done.stderr
     assert (done.returncode, "qvq-serve: vLLM stopped" in done.stderr) == (3, True), done.stderr[-2000:]
+
+
+def test_a_slip_is_said_before_the_weights_come(hub: Hub, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--hook", "nosuch:Mod"], "--hook nosuch:Mod"),
+    ):
+        start = ["--model", "qvq-72b", "--force", "--port", "18996", *arguments]
+        done = qvq_serve(hub, tmp_path, *start, QVQ_CACHE=str(tmp_path))
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+    assert hub.ranges == []
 
 
 def test_who_waits_for_the_weights_goes_on_when_another_has_brought_them(hub: Hub, tmp_path: Path) -> None:

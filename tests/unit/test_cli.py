@@ -179,6 +179,8 @@ def test_plan_fit_prints_the_line_that_starts_it() -> None:
         (["--gpu", "l4", "--fit"], 4, "no setting of QVQ-72B fits 1 x L4"),
         (["--request-timeout", "nan"], 2, "--request-timeout nan: it must be a finite number"),
         (["--metrics-port", "8000"], 2, "--metrics-port 8000 is --port too"),
+        (["--fit", "--max-model-len", "500000"], 2, "above the model's context of 128000"),
+        (["--tp", "4", "--", "--max-num-seqs", "9000"], 2, "is above --max-num-batched-tokens 8192"),
         (["--open-routes", "tokenize"], 2, "/tokenize would do"),
     ],
 )
@@ -186,6 +188,44 @@ def test_what_cannot_be_planned_is_refused(arguments: list[str], code: int, mess
     done = qvq_serve("plan", "--gpu", "h100", *arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_of_settings_leaves_the_choice_to_the_cards(tmp_path: Path) -> None:
+    """Any --config switched it off, and a server without GPUs did not serve the demo."""
+    file = tmp_path / "mine.toml"
+    file.write_text("port = 9000\n")
+    done = qvq_serve("--config", str(file), "--print-config")
+    assert "so this serves the built-in demo model" in done.stderr
+    file.write_text('model = "qvq-72b"\n')
+    assert "demo" not in qvq_serve("--config", str(file), "--print-config").stderr
+
+
+def test_a_file_that_cannot_be_looked_at_is_named() -> None:
+    """As one is that this user may not read; which root, who runs tests in a container, always may."""
+    name = "/" + "x" * 300
+    done = qvq_serve("check", "--model", name)
+    assert (done.returncode, done.stderr) == (3, f"qvq-serve: {name}: File name too long.\n")
+
+
+DRIVER = """
+class NVMLError(Exception): pass
+class NVMLError_LibraryNotFound(NVMLError): pass
+class NVMLError_DriverNotLoaded(NVMLError): pass
+class NVMLError_LibRmVersionMismatch(NVMLError): pass
+def nvmlInit(): raise {error}("Driver/library version mismatch")
+"""
+
+
+def test_a_driver_that_fails_is_no_machine_without_gpus(tmp_path: Path) -> None:
+    """After an upgrade of the driver a server that chose by its cards came back with the demo."""
+    for error, code, message in (
+        ("NVMLError_DriverNotLoaded", 0, "no NVIDIA GPU is visible, so this serves the built-in demo model"),
+        ("NVMLError_LibRmVersionMismatch", 3, "the NVIDIA driver fails: Driver/library version mismatch"),
+    ):
+        (tmp_path / "pynvml.py").write_text(DRIVER.format(error=error))
+        done = qvq_serve("--dry-run", PYTHONPATH=f"{tmp_path}")
+        assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+        assert qvq_serve("plan", "--gpu", "h200", "--tp", "2", PYTHONPATH=f"{tmp_path}").returncode == 0
 
 
 def test_plan_fit_keeps_what_it_does_not_choose() -> None:
@@ -206,9 +246,12 @@ def test_a_flag_without_its_key_takes_no_other_flag_for_one() -> None:
     assert (done.returncode, "expected one argument" in done.stderr) == (2, True)
 
 
-def test_check_finds_what_vllm_and_the_hooks_would_refuse() -> None:
+def test_check_finds_what_vllm_and_the_hooks_would_refuse(tmp_path: Path) -> None:
+    slip = tmp_path / "slip.toml"
+    slip.write_text("[vllm]\nmax-num-sequences = 64\n")
     for arguments, message in (
         (["--hook", "nosuch:Mod"], "--hook"),
+        (["--config", str(slip)], "unrecognized arguments: --max-num-sequences 64. Did you mean '--max-num-seqs'?"),
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ):
         done = qvq_serve("check", "--demo", *arguments)

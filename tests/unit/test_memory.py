@@ -16,10 +16,12 @@ from qvq_serve.advice import fit, suggestions
 from qvq_serve.api.memory import label
 from qvq_serve.errors import DoesNotFit, UsageError
 from qvq_serve.gpu import GIB, Gpu
+from qvq_serve.kubernetes import figures
 from qvq_serve.memory import (
     ALLOCATOR_VARIABLES,
     FITTED,
     MemoryPlan,
+    as_table,
     card_memory,
     card_of,
     engine_limits,
@@ -251,10 +253,17 @@ def test_cards_are_known_by_name_by_gib_and_by_what_the_driver_calls_them() -> N
     assert card_memory("96") == ("96 GiB", 96 * GIB)
     with pytest.raises(UsageError, match=r"--gpu h20O: not a known card\. Did you mean 'h200'"):
         card_memory("h20O")
-    assert card_of(Gpu(0, "NVIDIA A100-SXM4-80GB", 0))[0] == "A100-80GB"
-    assert card_of(Gpu(0, "NVIDIA H100 NVL", 0))[0] == "H100-NVL"
-    assert card_of(Gpu(0, "NVIDIA H100 80GB HBM3", 0))[0] == "H100"
+    assert card_of(Gpu(0, "NVIDIA A100-SXM4-80GB", 80 * GIB))[0] == "A100-80GB"
+    assert card_of(Gpu(0, "NVIDIA H100 NVL", int(93.6 * GIB)))[0] == "H100-NVL"
+    assert card_of(Gpu(0, "NVIDIA H100 80GB HBM3", int(79.65 * GIB)))[0] == "H100"
     assert card_of(Gpu(0, "Some card", 1000)) == ("Some card", 995)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"), [("NVIDIA GH200 480GB", 95.6), ("NVIDIA L40", 44.99), ("NVIDIA H100-40C", 40.0)]
+)
+def test_a_card_whose_name_has_another_ones_in_it_has_its_own_memory(name: str, gib: float) -> None:
+    assert card_of(Gpu(0, name, int(gib * GIB))) == (name, int(int(gib * GIB) * 0.995))
 
 
 def test_an_unknown_quantisation_gets_the_nearest_known_one() -> None:
@@ -313,6 +322,40 @@ def test_what_the_allocator_loses_to_awqs_conversion_is_planned_where_its_segmen
     assert lost("") - without == pytest.approx(1.83, abs=0.01)
     assert lost("expandable_segments:True") == lost("")  # what a server's own processes find
     assert lost("", tp=2) == without
+
+
+def test_sequences_are_vllms_beside_its_tokens_a_step() -> None:
+    """As vllm/engine/arg_utils.py has them: of 256 tokens no more sequences, and twice of all for throughput."""
+
+    def limits(*flags: str) -> tuple[int, int]:
+        found = engine_limits(Profile(vllm=flags), "h200", 139.8)
+        return found.max_num_seqs, found.max_num_batched_tokens
+
+    assert limits() == (1024, 8192)
+    assert limits("--max-num-batched-tokens", "256") == (256, 256)
+    assert limits("--performance-mode", "throughput") == (2048, 16384)
+    assert limits("--performance-mode=throughput", "--max-num-seqs", "8") == (8, 16384)
+    with pytest.raises(UsageError, match=r"--max-num-seqs 512 is above --max-num-batched-tokens 256.*lower the one"):
+        limits("--max-num-batched-tokens", "256", "--max-num-seqs", "512")
+
+
+def test_a_typical_request_writes_no_more_than_a_request_may() -> None:
+    def typical(**settings: Any) -> tuple[int, int]:
+        made = plan(Profile(tp=4, **settings), QVQ, *card_memory("h100"), 4)
+        return made.output, made.typical_tokens
+
+    assert typical() == (2048, 3584)
+    assert typical(max_output_tokens=512) == (512, 2048)
+    assert typical(max_model_len=2048) == (512, 2048)
+
+
+def test_replicas_by_data_have_room_for_as_many_more() -> None:
+    cards = [Gpu(i, "NVIDIA H100 80GB HBM3", int(79.6 * GIB)) for i in range(8)]
+    one, two = Profile(tp=4), Profile(tp=4, vllm=("--data-parallel-size", "2"))
+    assert queue_limit(two, cards) == pytest.approx(2 * queue_limit(one, cards), abs=1)
+    made = plan(two, QVQ, *card_of(cards[0]), 8)
+    assert "; at once in each of 2 replicas " in as_table(made, [])
+    assert figures(resolve({"tp": "4"}, {}, (), two.vllm), "h100")["gpus"].value == 8
 
 
 def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_sequences() -> None:

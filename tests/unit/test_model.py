@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from qvq_serve.errors import UsageError
-from qvq_serve.model import KNOWN, ModelGeometry, cache_dir, config_path, locate, missing_files, read_config
+from qvq_serve.model import (
+    KNOWN,
+    ModelGeometry,
+    cache_dir,
+    config_path,
+    cut_short,
+    locate,
+    missing_files,
+    read_config,
+)
+from tests.download.hub import MODEL, WEIGHTS
 
 
 def test_qvqs_geometry_is_carried() -> None:
@@ -49,6 +59,9 @@ def changed(**values: object) -> str:
         (changed(num_attention_heads=0), "heads is 0, and must be"),
         (changed(quantization_config="awq"), "is no Qwen2-VL model's: "),
         (changed(quantization_config={"group_size": "128"}), "is no Qwen2-VL model's: "),
+        (changed(quantization_config={"bits": "4"}), "bits of its quantization_config is '4'"),
+        (changed(quantization_config={"quant_method": ["fp8"]}), "quant_method of its quantization_config is ['fp8']"),
+        (changed(quantization_config={"ignore": 1}), "ignore of its quantization_config is 1"),
         (changed(quantization_config={"group_size": 4096}), "groups of 4096 do not divide 29568 columns"),
     ],
 )
@@ -75,9 +88,32 @@ def test_missing_shards_are_found_by_the_index(tmp_path: Path) -> None:
     assert missing_files(tmp_path) == ["b.safetensors"]
 
 
-def test_an_index_that_was_cut_short_is_lacking(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text("")
+@pytest.mark.parametrize("content", ["", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_an_index_that_names_no_shards_is_lacking(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     assert missing_files(tmp_path)[-1] == "model.safetensors.index.json"
+
+
+def test_a_shard_of_several_without_their_index_lacks_it(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("")
+    assert missing_files(tmp_path)[-1] == "model.safetensors.index.json"
+
+
+def test_weights_that_are_not_whole_are_told_from_those_that_are(tmp_path: Path) -> None:
+    whole = MODEL[WEIGHTS]
+    (tmp_path / "whole.safetensors").write_bytes(whole)
+    assert cut_short(tmp_path) == []
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name, content in (("cut", whole[:-1]), ("empty", b""), ("header", whole[:40]), ("pointer", pointer)):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    assert cut_short(tmp_path) == [f"{name}.safetensors" for name in ("cut", "empty", "header", "pointer")]
+
+
+@pytest.mark.parametrize("key", ["ignore", "ignored_layers", "modules_to_not_convert"])
+def test_a_checkpoint_says_that_its_vision_encoder_is_not_quantised(key: str) -> None:
+    config = {"quant_method": "fp8", "bits": None, key: ["lm_head", "visual.blocks.0.mlp"]}
+    assert not replace(ModelGeometry.load("qvq-72b"), quantization=config).quantizes_vision
+    assert replace(ModelGeometry.load("qvq-72b"), quantization=config | {key: None}).quantizes_vision
 
 
 def test_whole_rows_that_share_a_scale_are_no_groups() -> None:

@@ -29,6 +29,7 @@ from qvq_serve.preflight import (
     machine_checks,
 )
 from qvq_serve.profile import Profile, Resolved, resolve, shipped_profile
+from tests.download.hub import MODEL, WEIGHTS
 
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", int(79.6 * GIB))
 
@@ -200,6 +201,15 @@ def test_an_address_that_is_not_this_machines_is_refused() -> None:
 def test_a_model_directory_that_lacks_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StartError, match=r"lacks preprocessor_config.json, tokenizer_config.json, \*.safetensors"):
+        check_model(Profile(model=str(tmp_path)))
+
+
+def test_a_model_directory_with_a_shard_cut_short_is_refused(tmp_path: Path) -> None:
+    for name, content in MODEL.items():
+        (tmp_path / name).write_bytes(content)
+    check_model(Profile(model=str(tmp_path)))
+    (tmp_path / WEIGHTS).write_bytes(MODEL[WEIGHTS][:-1])
+    with pytest.raises(StartError, match=r"model.safetensors is cut short, or no weights; remove it"):
         check_model(Profile(model=str(tmp_path)))
 
 

@@ -116,13 +116,14 @@ def test_vllm_tables_become_arguments_and_what_follows_the_dashes_replaces_them(
     assert given[-1] == "--max_num_seqs=8"
 
 
-def test_the_key_comes_from_the_first_line_of_its_file(tmp_path: Path) -> None:
+def test_the_key_is_the_first_of_its_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
-    file.write_text("hush\nold\n")
+    file.write_text("# of the tenants, one a line\n\nhush\nold\n")
     assert Profile(api_key_file=str(file)).key() == "hush"
-    file.write_text("\n")
-    with pytest.raises(UsageError, match="has no key on its first line"):
-        Profile(api_key_file=str(file)).key()
+    for none in ("\n", "# of the tenants, one a line\n"):
+        file.write_text(none)
+        with pytest.raises(UsageError, match="has no key; it must be keys, one a line"):
+            Profile(api_key_file=str(file)).key()
     with pytest.raises(UsageError, match="/none/key cannot be read"):
         Profile(api_key_file="/none/key").key()
 
