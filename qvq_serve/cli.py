@@ -325,7 +325,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     preflight.check_model(profile)
     for name, reason in launch.reasons.items():
         say(f"{name}: {reason}")
-    if profile.host not in ("127.0.0.1", "localhost", "::1") and "VLLM_API_KEY" not in launch.secrets:
+    if profile.host not in ("127.0.0.1", "localhost", "::1") and engine.API_KEY_VARIABLE not in launch.secrets:
         say(f"--host {profile.host} is open to the network, and no --api-key is set")
     say(f"starting {engine.served_name(profile)} at http://{profile.host}:{profile.port}/v1")
     engine.run(launch)

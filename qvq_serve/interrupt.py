@@ -1,7 +1,8 @@
-"""Ctrl-C at a server or a download. SIGINT comes to all of their processes; one thread acts on it, the rest do not.
+"""Ctrl-C at a server or a download, and SIGTERM at one that does not serve yet: one thread acts on them.
 
-Left to themselves vLLM's processes each end at SIGINT, with a traceback while they load, and the server sees its engine
-die.
+SIGINT comes to all of their processes. Left to themselves vLLM's each end at it, with a traceback while they load, and
+the server sees its engine die. A SIGTERM while it loads vLLM loses, or hangs at; and the first process of a container
+gets none that it does not ask for.
 """
 
 import os
@@ -18,18 +19,29 @@ GONE_S = 10.0
 """For the children to be gone, and with them what they held of the GPUs' memory."""
 
 
-def end_at_once() -> None:
-    """From now on SIGINT ends this process and its children; to be called before there is a second thread.
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SERVING = threading.Event()
+"""SIGTERM is the main thread's."""
 
-    Threads and children that come later inherit that SIGINT is blocked, whatever handlers they set for it.
+
+def end_at_once() -> None:
+    """From now on SIGINT and SIGTERM end this process and its children; to be called before there is a second thread.
+
+    Threads and children that come later inherit that both are blocked, whatever handlers they set for them.
     """
     start_tracker()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=wait, name="Ctrl-C", daemon=True).start()
 
 
+def hand_over() -> None:
+    """To be called in the main thread, whose own handler SIGTERM has from now on."""
+    SERVING.set()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def start_tracker() -> None:
-    """Start Python's resource tracker: later its start would unblock SIGINT. It is not to warn after a kill."""
+    """Start Python's resource tracker: later its start would unblock both. It is not to warn after a kill."""
     warnings = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, "ignore:resource_tracker"]))
     resource_tracker.ensure_running()
@@ -40,10 +52,11 @@ def start_tracker() -> None:
 
 
 def wait() -> None:
-    """Wait for SIGINT; then `end` takes this process over, so that nothing else in it can say or do anything more."""
-    signal.sigwait({signal.SIGINT})
+    """Wait for a signal; then `end` takes this process over, so that nothing else in it can say or do anything more."""
+    while (number := signal.sigwait(SIGNALS)) == signal.SIGTERM and SERVING.is_set():
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
     children = [str(child.pid) for child in psutil.Process().children(recursive=True)]
-    os.execv(sys.executable, [sys.executable, "-m", "qvq_serve.interrupt", *children])
+    os.execv(sys.executable, [sys.executable, "-m", "qvq_serve.interrupt", str(int(number)), *children])
 
 
 def end(pids: list[int]) -> None:
@@ -69,6 +82,12 @@ def lives(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    print("qvq-serve: interrupted", file=sys.stderr, flush=True)
-    end([int(pid) for pid in sys.argv[1:]])
-    sys.exit(130)
+    number, *pids = map(int, sys.argv[1:])
+    told = "interrupted" if number == signal.SIGINT else "terminated before it was done, or served"
+    print(f"qvq-serve: {told}", file=sys.stderr, flush=True)
+    end(pids)
+    if number == signal.SIGTERM:  # for systemd an end by the signal is in order, and one with its code is not
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    sys.exit(128 + number)  # the first process of a container survives that

@@ -82,7 +82,7 @@ class Node:
         beating = asyncio.create_task(self.beat())
         code, why = await self.verdict
         beating.cancel()
-        for peer in self.peers.values():
+        for peer in self.peers.values() if self.process or not self.rank else ():  # before the start it may come back
             peer.tell(**({"ended": code} if self.rank else {"end": code, "why": why}))
         await self.end_command(code)
         if why:

@@ -27,10 +27,14 @@ def register() -> None:
 
 
 def end_with_parent() -> None:
-    """In vLLM's child processes: have the kernel end this one when its parent is gone, even by SIGKILL."""
+    """In vLLM's child processes: have the kernel end this one when its parent is gone, even by SIGKILL.
+
+    Its parent may end it by SIGTERM, as vLLM does.
+    """
     parent = multiprocessing.parent_process()
     if parent is None or sys.platform != "linux":
         return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in the parent (qvq_serve/interrupt.py)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent.pid:  # it went before the kernel was told
         os.kill(os.getpid(), signal.SIGKILL)

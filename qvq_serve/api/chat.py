@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 
@@ -126,6 +127,10 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         return JSONResponse(error(str(failure), 500), 500)
     except asyncio.CancelledError:  # the client went away
         metrics.ANSWERS.labels("cancelled").inc(request.n or 1)
+        raise
+    except Exception as fault:  # vLLM's handlers answer it
+        if create_error_response(fault).error.code >= 500:
+            metrics.ANSWERS.labels("error").inc(request.n or 1)
         raise
     finally:
         if not streaming:

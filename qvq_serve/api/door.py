@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from qvq_serve import metrics
 from qvq_serve.api import lifecycle
@@ -30,6 +31,8 @@ OPEN_ROUTES = ("/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/c
 WITHOUT_KEY = ("/health", "/ready", "/metrics")
 QUIET = ("/health", "/ready", "/metrics")
 """Probes: logged only where they fail."""
+STALL_S, LOOK_S = 60.0, 5.0
+"""That a client may let a body, or an answer that it does not read, wait; and how often that is looked at. As nginx."""
 DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id")
 """By which a client would choose its place in the queue, or the engine's name of a request, which must be unique."""
 
@@ -93,6 +96,8 @@ class Door:
         import os
 
         self.app = app
+        self.passages = set[Passage]()
+        self.watching: asyncio.Task[None] | None = None
         self.profile = launched_profile()
         self.keys = Keys(self.profile, os.environ.get(API_KEY_VARIABLE))
         self.open_routes = {*OPEN_ROUTES, *names(self.profile.open_routes)}
@@ -107,14 +112,31 @@ class Door:
             await self.app(scope, receive, send)
             return
         request = Passage(self, scope, receive, send)
+        self.passages.add(request)
+        self.watching = self.watching or asyncio.create_task(self.watch(), name="stalled clients")
         try:
             admitted = request.admitted()
             await request.read_unsized()
             await self.app(admitted, request.receive, request.send)
         except Refusal as refusal:
             await request.refused(refusal)
+        except asyncio.CancelledError:
+            if not request.stalled:
+                raise
+            request.task.uncancel()
+            await request.refused(Refusal(408, "stalled", f"the body has stood still for {STALL_S:g} s"))
         finally:
+            self.passages.discard(request)
             request.done()
+
+    async def watch(self) -> None:
+        """End requests whose clients stand still: each holds a place, and a drain."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for request in self.passages:
+                if request.waiting and not request.stalled and time.monotonic() - request.waiting > STALL_S:
+                    request.stalled = True
+                    request.task.cancel()
 
 
 class Passage:
@@ -131,6 +153,10 @@ class Passage:
         self.state: dict[str, Any] = {}
         self.last_sent = self.started
         self.comments: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        self.waiting = 0.0
+        """Since when the client is waited for: to send more of its body, or to read."""
+        self.arrived = self.stalled = False
 
     def admitted(self) -> MutableMapping[str, Any]:
         """The scope for the app. Raises Refusal."""
@@ -164,20 +190,23 @@ class Passage:
         """Read a body that does not say its length, before the app does. Raises Refusal for one that is too large."""
         if self.method != "POST" or "content-length" in self.headers:
             return  # the HTTP server holds a body to its length
-        more = True
-        while more:
-            message = await self._receive()
-            self.messages.append(message)
-            self.body_bytes += len(message.get("body", b""))
-            more = message.get("more_body", False)
+        while not self.arrived:
+            self.messages.append(await self.received())
             if self.body_bytes > self.door.profile.max_body_bytes:
                 raise self.too_large()
 
     async def receive(self) -> Message:
-        if self.messages:
-            return self.messages.popleft()
+        return self.messages.popleft() if self.messages else await self.received()
+
+    async def received(self) -> Message:
+        """The next message of the HTTP server's."""
+        if self.arrived:
+            return await self._receive()  # that the client went away
+        self.waiting = time.monotonic()
         message = await self._receive()
+        self.waiting = 0.0
         self.body_bytes += len(message.get("body", b""))
+        self.arrived = not message.get("more_body", False)
         return message
 
     async def keep_alive(self, seconds: float) -> None:
@@ -205,7 +234,9 @@ class Passage:
             message["headers"] = [*message.get("headers", ()), *encoded(extra)]
         elif self.comments and not message.get("more_body"):
             self.comments.cancel()
+        self.waiting = self.last_sent
         await self._send(message)
+        self.waiting = 0.0
 
     async def refused(self, refusal: Refusal) -> None:
         """Send an answer of the door's own, shaped as OpenAI's."""
@@ -239,7 +270,8 @@ class Passage:
         seconds = round(time.monotonic() - self.started, 4)
         fields = {"request_id": self.id, "method": self.method, "path": self.path, "status": self.status,
                   "seconds": seconds, "body_bytes": self.body_bytes}  # fmt: skip
-        log.info("%s %s %s in %.3f s (%s)", self.method, self.path, self.status, seconds, self.id, extra=fields)
+        path = quote(self.path)  # as it came: a line break in it would begin a line of the log
+        log.info("%s %s %s in %.3f s (%s)", self.method, path, self.status, seconds, self.id, extra=fields)
 
 
 def retry() -> dict[str, str]:

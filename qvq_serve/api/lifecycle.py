@@ -8,13 +8,14 @@ import math
 import signal
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 from fastapi import Response
 
-from qvq_serve import metrics
+from qvq_serve import interrupt, metrics
 from qvq_serve.errors import EngineDied
 from qvq_serve.interrupt import lives
 from qvq_serve.profile import Profile
@@ -25,6 +26,8 @@ MOST_RETRY_S = 60
 POLL_S = 0.1
 GRACE_S = 0.5
 """For the errors to reach the clients of a dead engine."""
+FLUSH_S = 5.0
+"""For the last answers, which are written, to reach their clients."""
 
 
 @dataclass
@@ -67,6 +70,7 @@ async def run(state: Any, profile: Profile) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    interrupt.hand_over()
     STATE.serving = True
     probe = asyncio.create_task(become_ready(state))
     engine = engine_processes()
@@ -88,8 +92,12 @@ async def run(state: Any, profile: Profile) -> None:
 
 def engine_processes() -> list[psutil.Process]:
     """vLLM's engine and workers, which name themselves VLLM::..."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "VLLM::" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended, or waits to be buried: a hook's
+            if "VLLM::" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def end_at_once(engine: list[psutil.Process]) -> None:
@@ -149,3 +157,5 @@ async def drain(state: Any, profile: Profile) -> None:
         state.server.force_exit = True
     log.info("drained")
     state.server.should_exit = True
+    await asyncio.sleep(FLUSH_S)
+    state.server.force_exit = True  # else what a client never reads would hold the server for ever

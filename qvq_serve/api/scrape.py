@@ -3,6 +3,7 @@
 prometheus_client's own server answers a Prometheus before version 3 in OpenMetrics, where it writes vllm: as vllm_.
 """
 
+import socket
 import threading
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
@@ -33,6 +34,8 @@ def app() -> Callable[[dict[str, Any], Any], Any]:
 
 def serve(port: int, host: str) -> Server:
     """Answer scrapes from a thread, until this process ends."""
+    family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    Server.address_family = family
     server = make_server(host, port, app(), Server, handler_class=Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

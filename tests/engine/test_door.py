@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from qvq_serve.profile import Profile
 from tests.engine.conftest import KEY, Server, data_url, photo, serving, user
 
 CHAT = "/v1/chat/completions"
@@ -237,6 +239,49 @@ def test_tenants_share_no_prefix_and_one_tenant_does(keyed: tuple[Server, Path])
         counts.append(hits() - before)
     assert counts[:2] == [0, 0]
     assert counts[2] > 100
+
+
+def test_what_vllm_raises_is_counted_as_the_servers_error_where_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 500 that is not streamed was in no counter, and QvqErrorShare quiet."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    from qvq_serve import metrics
+    from qvq_serve.api import chat, lifecycle
+    from qvq_serve.engine import PROFILE_VARIABLE, launched_profile
+    from qvq_serve.hooks.chain import Chain, load
+
+    monkeypatch.setenv(PROFILE_VARIABLE, json.dumps(asdict(Profile(model="demo"))))
+    launched_profile.cache_clear()
+    app = FastAPI()
+    init_exception_handler(app)
+    chat.attach(app)
+    raised: list[Exception] = [EngineGenerateError(), ValueError("of the request")]
+
+    async def create_chat_completion(*_: object) -> None:
+        raise raised.pop(0)
+
+    app.state.qvq_chain, app.state.args = Chain(load(Profile()), 10), SimpleNamespace(log_error_stack=False)
+    monkeypatch.setattr(lifecycle.STATE, "running", 0)  # which the door counts down
+    app.state.engine_client = SimpleNamespace(errored=False, is_running=True, dead_error=None)
+    app.state.openai_serving_chat = SimpleNamespace(create_chat_completion=create_chat_completion)
+
+    async def asked() -> list[tuple[int, float]]:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return [
+                ((await client.post(CHAT, json={"messages": [user("Hi")]})).status_code, errors()) for _ in range(2)
+            ]
+
+    def errors() -> float:
+        return float(metrics.ANSWERS.labels("error")._value.get())
+
+    before = errors()
+    try:
+        assert asyncio.run(asked()) == [(500, before + 1), (400, before + 1)]
+    finally:
+        launched_profile.cache_clear()
 
 
 def test_a_request_whose_time_is_up_before_the_engine_has_it_is_ended_later() -> None:

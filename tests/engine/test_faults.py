@@ -65,7 +65,12 @@ def family(server: Server) -> list[psutil.Process]:
 
 
 def named(server: Server, name: str) -> list[psutil.Process]:
-    return [process for process in family(server) if name in " ".join(process.cmdline())]
+    found = []
+    for process in family(server):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_sigterm_lets_every_stream_finish_and_turns_new_requests_away(cache: Path) -> None:

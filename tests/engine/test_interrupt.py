@@ -1,4 +1,4 @@
-"""Ctrl-C, as a terminal sends it: SIGINT to the whole group, at each moment of a server's life."""
+"""Ctrl-C, as a terminal sends it: SIGINT to the whole group, at each moment; and SIGTERM before a server serves."""
 
 import os
 import signal
@@ -75,11 +75,7 @@ def command(cache: Path) -> Iterator[Callable[..., Server]]:
 
 def interrupt(server: Server, moment: Moment, times: int = 1) -> list[psutil.Process]:
     """Send SIGINT once the moment is there; returns the processes of that moment."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not moment(server):
-        assert server.process.poll() is None and time.monotonic() < deadline, server.log.read_text()[-4000:]
-        time.sleep(0.05)
-    processes = family(server)
+    processes = reached(server, moment)
     for _ in range(times):
         with suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGINT)
@@ -87,10 +83,21 @@ def interrupt(server: Server, moment: Moment, times: int = 1) -> list[psutil.Pro
     return processes
 
 
-def assert_interrupted(server: Server, processes: list[psutil.Process]) -> None:
-    assert server.process.wait(10) == 130
+def reached(server: Server, moment: Moment) -> list[psutil.Process]:
+    """Wait for the moment; returns its processes."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not moment(server):
+        assert server.process.poll() is None and time.monotonic() < deadline, server.log.read_text()[-4000:]
+        time.sleep(0.05)
+    return family(server)
+
+
+def assert_interrupted(
+    server: Server, processes: list[psutil.Process], code: int = 130, told: str = "interrupted"
+) -> None:
+    assert server.process.wait(10) == code
     said = server.log.read_text()
-    assert said.count("interrupted") == said.count("qvq-serve: interrupted\n") == 1
+    assert said.count(told) == said.count(f"qvq-serve: {told}\n") == 1
     assert "Traceback" not in said and "leaked" not in said, said[-4000:]
     psutil.wait_procs(processes, timeout=3)  # Python's resource tracker ends last
     assert not group(server)
@@ -103,6 +110,15 @@ def test_ctrl_c_ends_a_server_at_once_with_one_line_and_130(
 ) -> None:
     server = command()
     assert_interrupted(server, interrupt(server, moment, times))
+
+
+@pytest.mark.parametrize("moment", [starts, spawns, loads])
+def test_a_server_that_loads_ends_at_sigterm_too(command: Callable[..., Server], moment: Moment) -> None:
+    """vLLM lost it, and served, or hung; and a supervisor waited for the time of a drain to kill it."""
+    server = command()
+    processes = reached(server, moment)
+    server.process.send_signal(signal.SIGTERM)
+    assert_interrupted(server, processes, -signal.SIGTERM, "terminated before it was done, or served")
 
 
 def test_ctrl_c_ends_the_workers_too(command: Callable[..., Server]) -> None:

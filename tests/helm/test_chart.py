@@ -353,6 +353,48 @@ def test_large_numbers_of_a_values_file_stay_whole(tmp_path: Path) -> None:
     assert "--max-payload-size=200000001" in done.stdout
 
 
+def test_bodies_are_as_large_as_a_profile_of_ones_own_says(tmp_path: Path) -> None:
+    values = tmp_path / "values.yaml"
+    plan = yaml.safe_load((CHART / "plan.yaml").read_text())["qvq72b_h100x2_fp8"]
+    values.write_text(yaml.safe_dump({"customProfile": "tp = 2\nmax_body_bytes = 300000000\n", "plan": plan}))
+    more = ["router.enabled=true", "apiKeys.existingSecret=k", "networkPolicy.imageNetworks={::/0}"]
+    more += ["expose.kind=ingress", "expose.host=*.example.com", "networkPolicy.clients[0].ipBlock.cidr=10.0.0.0/8"]
+    done = template("--values", str(values), "--set", ",".join(more))
+    assert done.returncode == 0, done.stderr
+    assert "--max-payload-size=300000001" in done.stdout
+    found = {m["kind"]: m for m in yaml.safe_load_all(done.stdout) if m and m["metadata"]["name"] == "qvq"}
+    assert found["Ingress"]["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"] == "287m"
+    assert found["Ingress"]["spec"]["rules"][0]["host"] == "*.example.com"
+    assert found["NetworkPolicy"]["spec"]["egress"][-1]["to"] == [{"ipBlock": {"cidr": "::/0"}}]
+
+
+def test_a_release_whose_jobs_names_would_be_too_long_is_refused() -> None:
+    done = helm("template", "x" * 46, str(CHART))
+    assert "the release's name has 46 characters" in done.stderr
+    names = [m["metadata"]["name"] for m in yaml.safe_load_all(helm("template", "x" * 45, str(CHART)).stdout) if m]
+    assert max(map(len, names)) == 63
+
+
+@pytest.mark.parametrize("policy", ["qvq", "qvq-router"])
+def test_helms_test_and_the_bench_job_may_ask_whoever_else_may(policy: str) -> None:
+    """The policies admitted one namespace of clients, and `helm test` waited for nothing."""
+    pods = [m for m in manifests("hardened") if m["kind"] == "Pod" or m["kind"] == "Job"]
+    asks = {m["metadata"]["labels"]["app.kubernetes.io/component"] for m in pods if m["kind"] == "Pod"}
+    ingress = one("hardened" if policy == "qvq-router" else "h100x4-bf16", "NetworkPolicy", policy)["spec"]["ingress"]
+    [own] = [rule for rule in ingress for peer in rule["from"] if "matchExpressions" in peer.get("podSelector", {})]
+    assert asks | {"bench"} == {*own["from"][0]["podSelector"]["matchExpressions"][0]["values"]}
+    assert {"port": "http"} in own["ports"]
+
+
+def test_a_service_for_outside_has_no_metrics() -> None:
+    values = "service.type=LoadBalancer,apiKeys.existingSecret=k,networkPolicy.enabled=false,bench.enabled=true"
+    made = [m for m in yaml.safe_load_all(template("--set", values).stdout) if m]
+    [service] = [m for m in made if m["kind"] == "Service"]
+    assert [port["name"] for port in service["spec"]["ports"]] == ["http"]
+    [bench] = [m for m in made if "-bench-" in m["metadata"]["name"]]
+    assert "--metrics-url" not in " ".join(bench["spec"]["template"]["spec"]["containers"][0]["command"])
+
+
 def test_the_settings_that_the_schema_knows_are_the_profiles() -> None:
     known = json.loads((CHART / "values.schema.json").read_text())["properties"]["settings"]["properties"]
     by_the_chart = {"host", "port", "metrics_port", "drain_timeout", "api_key", "api_key_file", "guard_api_key"}
@@ -382,6 +424,15 @@ BAD = [
     ("replicas=2", "weights.accessMode is ReadWriteOnce, and replicas"),
     ("expose.kind=ingress", "expose.kind is ingress, and expose.host is empty"),
     ("expose.kind=ingress,expose.host=a.example", "expose.kind is ingress, and apiKeys.existingSecret is empty"),
+    ("service.type=LoadBalancer", "service.type is LoadBalancer, and apiKeys.existingSecret is empty"),
+    (
+        "service.type=NodePort,apiKeys.existingSecret=k",
+        "service.type is NodePort, and networkPolicy.clients lets in the",
+    ),
+    (
+        "expose.kind=ingress,expose.host=a.example,apiKeys.existingSecret=k",
+        "expose.kind is ingress, and networkPolicy.clients lets in the pods of this namespace alone",
+    ),
     ("expose.kind=httproute,expose.host=a.example", "expose.gateway.name is empty"),
     ("autoscaling.kind=keda,autoscaling.min=5", "autoscaling.min is 5, above autoscaling.max 4"),
     ("autoscaling.kind=keda,weights.accessMode=ReadWriteMany", "monitoring.podMonitor is false"),

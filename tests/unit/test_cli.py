@@ -246,6 +246,13 @@ def test_a_flag_without_its_key_takes_no_other_flag_for_one() -> None:
     assert (done.returncode, "expected one argument" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("key", [None, "hush-hush"])
+def test_a_server_that_is_open_to_the_network_says_so_and_one_with_a_key_does_not(key: str | None) -> None:
+    environ = {"QVQ_API_KEY": key} if key else {}
+    done = qvq_serve("--demo", "--host", "0.0.0.0", "--port", "18994", "--", "--no-such-flag", **environ)
+    assert (done.returncode, "is open to the network, and no --api-key" in done.stderr) == (2, key is None), done.stderr
+
+
 def test_check_finds_what_vllm_and_the_hooks_would_refuse(tmp_path: Path) -> None:
     slip = tmp_path / "slip.toml"
     slip.write_text("[vllm]\nmax-num-sequences = 64\n")

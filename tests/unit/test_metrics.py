@@ -1,6 +1,7 @@
 """Our metrics by Prometheus' own rules."""
 
 import shutil
+import socket
 import subprocess
 
 import httpx
@@ -29,6 +30,20 @@ def test_each_metric_is_ours_by_name_and_says_what_it_is() -> None:
     lines = exposition().decode().splitlines()
     named = [line.split()[2] for line in lines if line.startswith("# HELP")]
     assert named and all(name.startswith("qvq_") for name in named)
+
+
+def test_metrics_are_served_at_an_address_of_ipv6() -> None:
+    """The server loaded its weights, and then ended: `Address family for hostname not supported`."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = scrape.serve(0, "::1")
+    try:
+        assert "qvq_ready" in httpx.get(f"http://[::1]:{server.server_port}/metrics").text
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_prometheus_of_version_2_finds_vllms_names_as_they_are() -> None:

@@ -226,13 +226,14 @@ def test_nodes_that_differ_are_told_in_what_and_the_leader_waits_on(tmp_path: Pa
     assert [node.process.wait(10) for node in (leader, right)] == [0, 0]
 
 
-def test_a_node_may_come_first_go_away_and_come_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_node_may_come_first_go_away_and_come_again(tmp_path: Path, number: signal.Signals) -> None:
     port = free_port()
     other = Started(tmp_path, 1, port, SLEEP, 3)
     until(lambda: "looks for node 0 at 127.0.0.1" in other.said)
     leader = Started(tmp_path, 0, port, SLEEP, 3)
     until(lambda: "node 1 (127.0.0.1) is there" in leader.said)
-    other.process.kill()
+    other.process.send_signal(number)
     other.process.wait()
     again = [Started(tmp_path, rank, port, SLEEP, 3) for rank in (1, 2)]
     until(lambda: all(len(node.tree()) > 1 for node in (leader, *again)))

@@ -34,11 +34,18 @@ app.kubernetes.io/component: router
 {{- toJson . | sha256sum | trunc 8 }}
 {{- end }}
 
-{{/* What the profile and `settings` make together: model, tp, pp. */}}
+{{/* What the profile and `settings` make together, of what the chart itself needs. */}}
 {{- define "qvq.launch" -}}
 {{- $profile := include "qvq.profile" . | fromToml }}
 {{- $launch := mergeOverwrite (dict "model" "qvq-72b" "tp" 1 "pp" 1) (omit $profile "hardware" "vllm") .Values.settings }}
-{{- toYaml (pick $launch "model" "tp" "pp") }}
+{{- toYaml (pick $launch "model" "tp" "pp" "max_body_bytes") }}
+{{- end }}
+
+{{/* Whom a NetworkPolicy lets in whatever its clients are: the helm test, and the bench Job. */}}
+{{- define "qvq.ownClients" -}}
+- podSelector:
+    matchLabels: {app.kubernetes.io/instance: {{ .Release.Name }}}
+    matchExpressions: [{key: app.kubernetes.io/component, operator: In, values: [test, bench]}]
 {{- end }}
 
 {{/* What Kubernetes must know: plan.yaml's for the profile, with `plan` over it. */}}
@@ -99,5 +106,5 @@ securityContext:
 
 {{/* A pod that asks the server: the helm test, and the bench Job. */}}
 {{- define "qvq.clientKey" -}}
-{{- if .Values.apiKeys.existingSecret }}QVQ_API_KEY=$(grep -m1 -v '^#' /etc/qvq-keys/keys) {{ end }}
+{{- if .Values.apiKeys.existingSecret }}QVQ_API_KEY=$(grep -m1 '^[^#]' /etc/qvq-keys/keys) {{ end }}
 {{- end }}
