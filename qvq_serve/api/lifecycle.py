@@ -158,4 +158,5 @@ async def drain(state: Any, profile: Profile) -> None:
     log.info("drained")
     state.server.should_exit = True
     await asyncio.sleep(FLUSH_S)
-    state.server.force_exit = True  # else what a client never reads would hold the server for ever
+    for connection in list(state.server.server_state.connections):  # whose clients do not read: they would hold the end
+        connection.transport.abort()
