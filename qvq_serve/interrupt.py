@@ -55,19 +55,34 @@ def wait() -> None:
     """Wait for a signal; then `end` takes this process over, so that nothing else in it can say or do anything more."""
     while (number := signal.sigwait(SIGNALS)) == signal.SIGTERM and SERVING.is_set():
         signal.pthread_kill(threading.main_thread().ident or 0, number)
-    children = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+    children = [str(pid) for pid in halted()]
     os.execv(sys.executable, [sys.executable, "-m", "qvq_serve.interrupt", str(int(number)), *children])
 
 
+def halted() -> list[int]:
+    """This process's descendants, each stopped before the next look, as one that runs could make another meanwhile.
+
+    But for resource trackers: they free the others' shared memory, and end by themselves.
+    """
+    seen, found = set[int](), list[int]()
+    while new := [child for child in psutil.Process().children(recursive=True) if child.pid not in seen]:
+        for child in new:
+            seen.add(child.pid)
+            with suppress(psutil.NoSuchProcess):
+                if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+                    child.suspend()
+                    found.append(child.pid)
+    return found
+
+
 def end(pids: list[int]) -> None:
-    """Kill these processes, but for the resource tracker: it frees the others' shared memory, and ends."""
+    """Kill these processes, and wait until they are gone."""
     killed = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process)
+            process.kill()
+            killed.append(process)
     deadline = time.monotonic() + GONE_S
     while any(map(lives, killed)) and time.monotonic() < deadline:
         time.sleep(0.05)
