@@ -68,8 +68,8 @@ def halted() -> list[int]:
     while new := [child for child in psutil.Process().children(recursive=True) if child.pid not in seen]:
         for child in new:
             seen.add(child.pid)
-            with suppress(psutil.NoSuchProcess):
-                if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+            if (name := title(child)) and "multiprocessing.resource_tracker" not in name:
+                with suppress(psutil.NoSuchProcess):
                     child.suspend()
                     found.append(child.pid)
     return found
@@ -86,6 +86,13 @@ def end(pids: list[int]) -> None:
     deadline = time.monotonic() + GONE_S
     while any(map(lives, killed)) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def title(process: psutil.Process) -> str:
+    """A process's command line, or the name that it gave itself; nothing for one that has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def lives(process: psutil.Process) -> bool:

@@ -19,7 +19,7 @@ from qvq_serve.memory import (
 )
 from qvq_serve.model import DEMO, ModelGeometry
 from qvq_serve.preflight import CPU_OVERHEAD_GIB, LEAST_SHM_BYTES
-from qvq_serve.profile import Resolved, workers
+from qvq_serve.profile import Resolved, data_parallel, workers
 
 START_DEMO_S, START_EAGER_S, START_COMPILED_S = 115, 100, 249
 """The slowest measured start of its kind: starts_2026-11-24.json has 115.0, 99.3 and 248.2 (85 of it torch.compile)."""
@@ -65,8 +65,8 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
     answer = math.ceil(min(profile.request_timeout, FIRST_TOKEN_S + profile.max_output_tokens * TOKEN_S))
     given = resolved.sources["drain_timeout"] != "default"
     drain = math.ceil(profile.drain_timeout) if given else answer
-    by_data = gpus // (profile.tp * profile.pp)
-    split = f"tp {profile.tp} x pp {profile.pp}" + (f" x data parallelism {by_data}" if by_data > 1 else "")
+    copies = data_parallel(profile)
+    split = f"tp {profile.tp} x pp {profile.pp}" + (f" x data parallelism {copies}" if copies > 1 else "")
     return {
         "gpus": Figure(0 if demo else gpus, "none: a CPU" if demo else split),
         "cpus": Figure(

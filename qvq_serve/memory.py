@@ -15,7 +15,7 @@ from typing import Any
 from qvq_serve.errors import UsageError, nearest
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile, given_flags, given_words, workers
+from qvq_serve.profile import Profile, data_parallel, given_flags, given_words, workers
 
 MIB = 2**20
 BF16, FP32 = 2, 4
@@ -363,11 +363,6 @@ class MemoryPlan:
         return max(1, min(self.typical_output, self.profile.max_output_tokens, room))
 
     @property
-    def replicas(self) -> int:
-        """Of the model, by vLLM's --data-parallel-size: each with its own sequences and KV cache."""
-        return workers(self.profile) // (self.profile.tp * self.profile.pp)
-
-    @property
     def fits(self) -> bool:
         return not self.problems
 
@@ -457,7 +452,7 @@ def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
     except UsageError:  # the plan knows nothing of this, and --force started it
         return CPU_QUEUED
     limits = engine_limits(profile, made.card.lower(), made.memory / GIB)
-    return max(16, math.ceil(2 * made.replicas * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
+    return max(16, math.ceil(2 * data_parallel(profile) * min(limits.max_num_seqs, made.requests(made.typical_tokens))))
 
 
 def explain(profile: Profile, limits: EngineLimits, kind: str, lost: int) -> dict[str, str]:
@@ -519,7 +514,7 @@ def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
         f"  {'headroom':16}{made.headroom / GIB:8.2f}  beside {made.context / GIB:.2f} of CUDA's own{nccl}",
         f"host memory that grows with the limits: {made.host / GIB:.1f} GiB (pinned buffers, processor caches)",
         f"KV cache: {made.kv_cache_tokens} tokens of {made.kv_bytes_per_token} bytes a GPU; at once "
-        f"{f'in each of {made.replicas} replicas ' if made.replicas > 1 else ''}"
+        f"{f'in each of {copies} replicas ' if (copies := data_parallel(profile)) > 1 else ''}"
         f"{made.requests(profile.max_model_len):.1f} requests of {profile.max_model_len} tokens, "
         f"{made.requests(made.typical_tokens):.1f} typical ones of {made.typical_tokens} "
         f"({profile.max_visual_tokens} of image, {TYPICAL_TEXT} of text, {made.output} of output)",

@@ -393,12 +393,17 @@ def nodes(profile: Profile) -> int:
     return int(text)
 
 
-def workers(profile: Profile) -> int:
-    """GPUs of a launch: of each layer, by the groups of layers, by vLLM's --data-parallel-size. Raises UsageError."""
+def data_parallel(profile: Profile) -> int:
+    """Copies of the model, each with its own sequences and KV cache: vLLM's --data-parallel-size. Raises UsageError."""
     text = given_flags(profile.vllm).get("--data-parallel-size", "1")
     if not text.isdecimal() or text == "0":
         raise UsageError(f"--data-parallel-size {text}: it is a number of replicas, 1 or more.")
-    return profile.tp * profile.pp * int(text)
+    return int(text)
+
+
+def workers(profile: Profile) -> int:
+    """GPUs of a launch: of each layer, by the groups of layers, by the copies. Raises UsageError."""
+    return profile.tp * profile.pp * data_parallel(profile)
 
 
 @dataclass(frozen=True)

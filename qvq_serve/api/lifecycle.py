@@ -8,7 +8,6 @@ import math
 import signal
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +91,7 @@ async def run(state: Any, profile: Profile) -> None:
 
 def engine_processes() -> list[psutil.Process]:
     """vLLM's engine and workers, which name themselves VLLM::..."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended, or waits to be buried: a hook's
-            if "VLLM::" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return [child for child in psutil.Process().children(recursive=True) if "VLLM::" in interrupt.title(child)]
 
 
 def end_at_once(engine: list[psutil.Process]) -> None:

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from qvq_serve.interrupt import title
 from tests.engine.conftest import Server, serving, user
 
 STREAMS = 100
@@ -65,12 +66,7 @@ def family(server: Server) -> list[psutil.Process]:
 
 
 def named(server: Server, name: str) -> list[psutil.Process]:
-    found = []
-    for process in family(server):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return [process for process in family(server) if name in title(process)]
 
 
 def test_sigterm_lets_every_stream_finish_and_turns_new_requests_away(cache: Path) -> None:
