@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 
 from qvq_serve.demo.cases import case
 from qvq_serve.profile import TUTORIAL_SYSTEM_PROMPT
 from tests.engine.conftest import KEY, MOST_TOKENS, Server, data_url, photo, user
+from tests.engine.test_faults import named
 
 
 def test_an_image_is_answered_streamed_and_not_with_the_same_text(server: Server) -> None:
@@ -110,11 +110,7 @@ def test_memory_is_planned_and_measured_in_the_log_and_in_the_metrics(server: Se
     cache = 'qvq_memory_bytes{{gpu="cpu",source="{}",use="kv_cache"}}'
     assert float(figures[cache.format("planned")]) == float(figures[cache.format("measured")]) == 2**29
     resident = float(figures['qvq_memory_bytes{gpu="cpu",source="measured",use="resident"}'])
-    worker = next(
-        process
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        if "VLLM::Worker" in " ".join(process.cmdline())
-    )
+    [worker] = named(server, "VLLM::Worker")
     assert resident == pytest.approx(worker.memory_info().rss, rel=0.25)
     assert float(figures['qvq_memory_headroom_bytes{gpu="cpu"}']) > 2**30
     assert "memory of cpu, kv_cache: planned 0.500 GiB, measured 0.500, difference +0.000" in server.log.read_text()
@@ -122,7 +118,7 @@ def test_memory_is_planned_and_measured_in_the_log_and_in_the_metrics(server: Se
 
 def test_memory_is_read_again_and_the_engine_answers_meanwhile(server: Server) -> None:
     """What is told is what the worker has now: images took it far from what it had at the start."""
-    [worker] = [one for one in psutil.Process(server.process.pid).children(recursive=True) if "Worker" in one.name()]
+    [worker] = named(server, "VLLM::Worker")
 
     def told() -> float:
         return float(re.search(r'use="resident"\} (\S+)', httpx.get(f"{server.url}/metrics").text)[1])
