@@ -79,11 +79,5 @@ def test_each_scenario_is_named() -> None:
     assert [name for name in SCENARIOS if f"ci/{name}-values.yaml" not in text] == []
 
 
-def test_it_names_only_files_that_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
-    assert links
-    assert [link for link in links if not (CHART / link).exists()] == []
-
-
 if __name__ == "__main__":
     README.write_text(written(README.read_text()))

@@ -22,10 +22,8 @@ def test_each_launcher_is_named() -> None:
 
 
 def test_what_it_leads_to_is_there() -> None:
-    links = re.findall(r"\]\(([^)#:]+)[)#]", TEXT)
     named = re.findall(r"`((?:tests|launch)/[\w./-]+)", TEXT)
-    assert len(links) > 8 and len(named) >= 8
-    assert [link for link in links if not (ROOT / "launch" / link).exists()] == []
+    assert len(named) >= 8
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -1,4 +1,7 @@
-"""The README's flags are --help's, and its hook works. `python -m tests.unit.test_readme` writes the flags."""
+"""The README's flags are --help's, its hook works, and the links of all pages lead somewhere.
+
+`python -m tests.unit.test_readme` writes the flags.
+"""
 
 import asyncio
 import os
@@ -18,6 +21,15 @@ from qvq_serve.hooks.chain import Chain
 from qvq_serve.profile import Profile
 
 README = Path(__file__).parents[2] / "README.md"
+PAGES = [
+    "README.md",
+    "benchmarks/LOG.md",
+    "benchmarks/MEASURED.md",
+    "benchmarks/README.md",
+    "helm/qvq-serve/README.md",
+    "launch/README.md",
+    "launch/multinode/README.md",
+]
 BLOCK = re.compile(r"(<!-- flags:.*?-->\n).*?(<!-- /flags -->)", re.DOTALL)
 
 
@@ -45,10 +57,24 @@ def test_the_readme_has_the_switches_of_the_governor() -> None:
     assert [row for row in rows if row[0] in NAMES] == switches
 
 
-def test_the_readme_names_only_files_that_exist() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
-    assert links
-    assert [link for link in links if not (README.parent / link).exists()] == []
+def headings(page: Path) -> set[str]:
+    """What a link may name behind its `#`, as GitHub makes them of headings without markup."""
+    lines = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_link_leads_somewhere(name: str) -> None:
+    page = README.parent / name
+    links = re.findall(r"\]\(([^):#]*)(?:#([^)]+))?\)", page.read_text())
+    lost = [
+        (to, at)
+        for to, at in links
+        if not (there := page.parent / to if to else page).exists() or (at and at not in headings(there))
+    ]
+    assert links and lost == []
 
 
 def test_the_readmes_hook_works() -> None:
