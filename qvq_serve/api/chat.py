@@ -135,7 +135,12 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     finally:
         if not streaming:
             stop_timer(context, timer)
-    return StreamingResponse(streamed(context, chain, made, timer), media_type=EVENT_STREAM)
+    return StreamingResponse(streamed(context, chain, made, engine, timer), media_type=EVENT_STREAM)
+
+
+def engine_id(context: Context) -> str:
+    """The request's name in the engine."""
+    return f"chatcmpl-{context.request.request_id}"
 
 
 def time_is_up(context: Context, engine: Any) -> None:
@@ -143,7 +148,7 @@ def time_is_up(context: Context, engine: Any) -> None:
 
     async def abort() -> None:
         while True:  # its image or the guard may be waited for, and the engine know nothing of it yet
-            await engine.abort(f"chatcmpl-{context.request.request_id}")
+            await engine.abort(engine_id(context))
             await asyncio.sleep(ABORT_AGAIN_S)
 
     context.state[TIMED_OUT] = asyncio.create_task(abort())
@@ -243,7 +248,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
 
 
 async def streamed(
-    context: Context, chain: Chain, events: AsyncGenerator[str, None], timer: asyncio.TimerHandle
+    context: Context, chain: Chain, events: AsyncGenerator[str, None], engine: Any, timer: asyncio.TimerHandle
 ) -> AsyncGenerator[str, None]:
     """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
     CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
@@ -280,9 +285,9 @@ async def streamed(
                     open_choices.discard(index)
             if event:
                 yield event
-            if stopped & running and not open_choices:  # the usage would come with the end of what nobody gets
-                yield DONE
-                break
+            if stopped & running and not open_choices:  # what nobody gets is not written; vLLM then tells the usage
+                running.clear()
+                await engine.abort(engine_id(context))
     except (HookFailed, Refuse) as failure:
         metrics.ANSWERS.labels("error").inc(len(open_choices))
         open_choices.clear()

@@ -33,6 +33,8 @@ QUIET = ("/health", "/ready", "/metrics")
 """Probes: logged only where they fail."""
 STALL_S, LOOK_S = 60.0, 5.0
 """That a client may let a body, or an answer that it does not read, wait; and how often that is looked at. As nginx."""
+GONE = 499
+"""The status in the log of a request whose client went away, as nginx's."""
 DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id")
 """By which a client would choose its place in the queue, or the engine's name of a request, which must be unique."""
 
@@ -156,7 +158,7 @@ class Passage:
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         self.waiting = 0.0
         """Since when the client is waited for: to send more of its body, or to read."""
-        self.arrived = self.stalled = False
+        self.arrived = self.ended = self.gone = self.stalled = False
 
     def admitted(self) -> MutableMapping[str, Any]:
         """The scope for the app. Raises Refusal."""
@@ -172,6 +174,9 @@ class Passage:
                     401, "key", "a valid key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"}
                 )
         if self.method == "POST":
+            if "upgrade" in self.headers and "upgrade" in self.headers.get("connection", "").lower():
+                raise Refusal(400, "upgrade", f"Upgrade: {self.headers['upgrade']} is not spoken here, and its body is "
+                              "lost; send HTTP/1.1 without it (Java's client: version(Version.HTTP_1_1))")  # fmt: skip
             if lifecycle.STATE.draining:
                 raise Refusal(503, "draining", "the server is shutting down; ask another one", retry())
             if int_or(self.headers.get("content-length"), 0) > profile.max_body_bytes:
@@ -201,7 +206,9 @@ class Passage:
     async def received(self) -> Message:
         """The next message of the HTTP server's."""
         if self.arrived:
-            return await self._receive()  # that the client went away
+            message = await self._receive()  # that the client went away, or has all of the answer
+            self.gone = not self.ended
+            return message
         self.waiting = time.monotonic()
         message = await self._receive()
         self.waiting = 0.0
@@ -232,8 +239,10 @@ class Passage:
             if silence and any(value.startswith(b"text/event-stream") for _, value in message.get("headers", ())):
                 self.comments = asyncio.create_task(self.keep_alive(silence))
             message["headers"] = [*message.get("headers", ()), *encoded(extra)]
-        elif self.comments and not message.get("more_body"):
-            self.comments.cancel()
+        elif not message.get("more_body"):
+            self.ended = True
+            if self.comments:
+                self.comments.cancel()
         self.waiting = self.last_sent
         await self._send(message)
         self.waiting = 0.0
@@ -260,6 +269,7 @@ class Passage:
         if self.comments:
             self.comments.cancel()
         lifecycle.STATE.running -= self.state.get("qvq_running", False)
+        self.status = GONE if self.gone else self.status
         if self.counted:
             lifecycle.STATE.in_flight -= 1
             metrics.IN_FLIGHT.dec()

@@ -108,7 +108,7 @@ def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     loop = request.repetition_detection
     return [
-        ("n", request.n or 1, profile.max_choices),
+        ("n", request.n or 1, min(profile.max_choices, profile.max_queued_requests or profile.max_choices)),
         ("the number of messages", len(request.messages), MOST_MESSAGES),
         ("the length of logit_bias", len(request.logit_bias or ()), MOST_LOGIT_BIAS),
         ("the length of allowed_token_ids", len(request.allowed_token_ids or ()), MOST_ALLOWED_TOKENS),

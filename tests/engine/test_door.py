@@ -173,6 +173,8 @@ def test_a_full_queue_says_when_to_come_again(keyed: tuple[Server, Path], stream
     assert all(answer.json()["error"]["type"] == "ServiceUnavailableError" for answer in refused)
     assert not any('"code":503' in answer.text.replace(" ", "") for answer in statuses if answer.status_code == 200)
     assert post(server, key="key-two").status_code == 200  # every place is free again
+    too_many = post(server, key="key-two", n=5)  # for which no place would ever be
+    assert (too_many.status_code, too_many.json()["error"]["message"]) == (400, "n is 5; this server takes at most 4")
     assert 'qvq_rejections_total{reason="overload"}' in httpx.get(server.metrics).text
 
 

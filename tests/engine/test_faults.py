@@ -153,4 +153,6 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
         time.sleep(0.1)
     assert figure("vllm:num_requests_running") == 0
     assert figure("qvq_requests_in_flight") == 0
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if '"status"' in line]
+    assert [line["status"] for line in lines if line["path"] == "/v1/chat/completions"][-1] == 499
     assert figure("qvq_answers_total") >= 1

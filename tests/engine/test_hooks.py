@@ -201,8 +201,9 @@ def test_the_guard_refuses_a_prompt(guarded: Server) -> None:
 def test_the_guard_stops_a_reasoning(guarded: Server, stream: bool) -> None:
     Relay.verdicts["assistant"] = "Safety: Unsafe\nCategories: Violent\nRefusal: No"
     if stream:
-        chunks = streamed(guarded, "How?", max_tokens=400, ignore_eos=True)
-        last = chunks[-1]
+        told = {"stream_options": {"include_usage": True}}
+        *chunks, last, used = streamed(guarded, "How?", max_tokens=4000, ignore_eos=True, **told)
+        assert used["choices"] == [] and 0 < used["usage"]["completion_tokens"] < 4000  # the rest was not written
         sent = "".join(chunk["choices"][0]["delta"].get("reasoning", "") for chunk in chunks)
         assert len(sent) < 20  # less than one window
     else:

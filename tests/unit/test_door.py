@@ -26,14 +26,19 @@ PIECE = b"x" * 65536
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Reads a body, and answers with more than any buffer holds."""
+    """Reads a body, and answers with more than any buffer holds, while the client is there."""
     assert scope["type"] == "http"
     while (await receive()).get("more_body"):
         pass
+    gone = asyncio.create_task(receive())
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
     for _ in range(400):
         await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+        await asyncio.sleep(0)
+        if gone.done():
+            return
     await send({"type": "http.response.body", "body": b""})
+    await gone
 
 
 @pytest.fixture
@@ -108,6 +113,28 @@ def test_slow_clients_that_move_are_waited_for(port: int) -> None:
     assert received > 400 * len(PIECE)
     until_nobody_is_in_flight()
     assert stalled() == before
+
+
+def test_a_body_that_an_upgrade_loses_is_told_so(port: int) -> None:
+    """Java's client offers HTTP/2 with each request; the HTTP server drops the body, and vLLM missed it."""
+    offer = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA", "Content-Length: 2"]
+    with connected(port, *offer) as client:
+        client.sendall(b"{}")
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"Upgrade: h2c is not spoken here" in answer
+
+
+def test_a_client_that_goes_away_is_logged_as_that(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "vllm.qvq_serve"):
+        with connected(port, "Content-Length: 0", "X-Request-Id: went") as client:
+            client.recv(1)
+        until_nobody_is_in_flight()
+        with connected(port, "Content-Length: 0", "X-Request-Id: stayed", "Connection: close") as client:
+            while client.recv(len(PIECE)):
+                pass
+        until_nobody_is_in_flight()
+    logged = {record.request_id: record.status for record in caplog.records if hasattr(record, "request_id")}
+    assert logged == {"went": 499, "stayed": 200}
 
 
 def test_a_path_cannot_write_lines_of_the_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
