@@ -38,6 +38,7 @@ def ask(url: str, images: list[str], question: str, *, api_key: str | None, max_
         base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=api_key or "none", max_retries=0
     )
     started = time.monotonic()
+    model = None
     try:
         model = client.models.list().data[0].id
         stream = client.chat.completions.create(
@@ -49,6 +50,8 @@ def ask(url: str, images: list[str], question: str, *, api_key: str | None, max_
         )  # type: ignore[call-overload]
         print_stream(stream, started)
     except openai.APIConnectionError:
+        if model:
+            raise StartError(f"{url}: the answer broke off; the server's log says why.") from None
         raise StartError(f"no server answers at {url}; `qvq-serve` starts one, --url names another.") from None
     except openai.APIError as error:
         body = error.body if isinstance(error.body, dict) else {}

@@ -100,8 +100,7 @@ def check_space(target: Path, files: list[RemoteFile]) -> None:
     lacking = [f for f in files if not is_of_size(target / f.path, f.size)]
     parts = sum(part.stat().st_size for part in target.rglob("*.incomplete") if part.is_file())  # of both hubs
     missing = max(0, sum(f.size for f in lacking) - parts)
-    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(target).free
     if missing * (1 + SPARE_SHARE) > free:
         raise StartError(
             f"{target} needs {missing * (1 + SPARE_SHARE) / GIB:.1f} GiB for {len(lacking)} files, and its disk has "

@@ -5,7 +5,6 @@ Everything down to `run` is pure and imports no vLLM, so that --dry-run, check a
 
 import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from qvq_serve import visual
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.memory import ALLOCATOR_VARIABLES, expandable_segments, told_allocator
 from qvq_serve.model import DEMO, KNOWN, locate
-from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags, nodes
+from qvq_serve.profile import OPTIONS, Profile, argument_name, flag, given_flags, local_workers
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 CONNECTOR = PARSER = "qvq"
@@ -148,7 +147,7 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     environment["VLLM_PLUGINS"] = ",".join(plugin_names())
     reasons["VLLM_PLUGINS"] = "vLLM loads our endpoint plugin only where it is named, and then only what is named"
     reasons["VLLM_MEDIA_CONNECTOR"] = "our connector: image time limit, shapes and errors (qvq_serve/hooks/images.py)"
-    workers = math.ceil(profile.tp * profile.pp / nodes(profile))  # on this machine
+    workers = local_workers(profile)
     if not gpus and workers > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"

@@ -69,7 +69,7 @@ def halted() -> list[int]:
         for child in new:
             seen.add(child.pid)
             if (name := title(child)) and "multiprocessing.resource_tracker" not in name:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):
                     child.suspend()
                     found.append(child.pid)
     return found
@@ -79,7 +79,7 @@ def end(pids: list[int]) -> None:
     """Kill these processes, and wait until they are gone."""
     killed = []
     for pid in pids:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             process = psutil.Process(pid)
             process.kill()
             killed.append(process)
@@ -90,7 +90,7 @@ def end(pids: list[int]) -> None:
 
 def title(process: psutil.Process) -> str:
     """A process's command line, or the name that it gave itself; nothing for one that has ended."""
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 

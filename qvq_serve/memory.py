@@ -15,7 +15,7 @@ from typing import Any
 from qvq_serve.errors import UsageError, nearest
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile, data_parallel, given_flags, given_words, workers
+from qvq_serve.profile import Profile, data_parallel, given_flags, given_words, local_workers, workers
 
 MIB = 2**20
 BF16, FP32 = 2, 4
@@ -446,7 +446,7 @@ def queue_limit(profile: Profile, gpus: list[Gpu]) -> int:
     """Requests that may run or wait at once: twice the typical ones that the cards of this machine have room for."""
     if not gpus:
         return CPU_QUEUED
-    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    smallest = min(gpus[: local_workers(profile)], key=lambda gpu: gpu.memory_bytes)
     try:
         made = plan(profile, ModelGeometry.load(profile.model), *card_of(smallest), len(gpus))
     except UsageError:  # the plan knows nothing of this, and --force started it

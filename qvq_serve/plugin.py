@@ -59,12 +59,13 @@ class Api:
         from qvq_serve.engine import launched_profile
         from qvq_serve.gpu import visible_gpus
         from qvq_serve.hooks import chain
+        from qvq_serve.profile import local_workers
 
         state.qvq_chain = chain.launched()
         profile = launched_profile()
         if profile.governor != "off":
             await memory.prove_governor(engine_client)
-        about.export(profile, visible_gpus()[: profile.tp * profile.pp])
+        about.export(profile, visible_gpus()[: local_workers(profile)])
         if profile.metrics_port:
             scrape.serve(profile.metrics_port, profile.host)
         # The state keeps the tasks: an event loop holds only weak references to them.

@@ -23,7 +23,7 @@ from qvq_serve.memory import (
     weight_kind,
 )
 from qvq_serve.model import DEMO, KNOWN, ModelGeometry, cut_short, divisors, locate, missing_files, weight_bytes
-from qvq_serve.profile import Profile, Resolved, given_flags, nodes, workers
+from qvq_serve.profile import Profile, Resolved, given_flags, local_workers, nodes, workers
 
 LEAST_DRIVER = 580
 LEAST_OPEN_FILES = 4096
@@ -246,7 +246,7 @@ def check_open_files(limit: int) -> None:
 def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
     """The checks of a start on this machine, in their order; each raises UsageError or StartError."""
     profile = resolved.profile
-    here = math.ceil(workers(profile) / nodes(profile))
+    here = local_workers(profile)
     yield lambda: check_usage(profile)
     yield lambda: check_image_dir(profile)
     yield lambda: check_gpus(resolved, gpus)

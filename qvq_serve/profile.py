@@ -174,6 +174,11 @@ class Profile:
         for name in ("image_timeout", "hook_timeout", "guard_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) <= 0:
                 raise UsageError(f"{flag(name)} {seconds}: it must be above 0 seconds.")
+        if self.guard_url and 2 * self.guard_timeout >= self.hook_timeout:  # one call may ask about both parts
+            raise UsageError(
+                f"--guard-timeout {self.guard_timeout}: it must be less than half of --hook-timeout, which is "
+                f"{self.hook_timeout}; lower the one or raise the other."
+            )
         for name, words in (
             ("guard_failure", ("open", "closed")),
             ("log_format", ("auto", "json", "text")),
@@ -404,6 +409,11 @@ def data_parallel(profile: Profile) -> int:
 def workers(profile: Profile) -> int:
     """GPUs of a launch: of each layer, by the groups of layers, by the copies. Raises UsageError."""
     return profile.tp * profile.pp * data_parallel(profile)
+
+
+def local_workers(profile: Profile) -> int:
+    """GPUs of a launch on each of its machines. Raises UsageError."""
+    return math.ceil(workers(profile) / nodes(profile))
 
 
 @dataclass(frozen=True)

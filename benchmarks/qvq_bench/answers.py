@@ -5,6 +5,7 @@ Mathematical equality is Math-Verify's, which parses LaTeX into SymPy.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 
@@ -42,9 +43,10 @@ def mathematical(answer: str, expected: str, tolerance: float = 1e-8) -> bool:
 def number(text: str) -> float | None:
     """A plain number: 1,200, -3.5, 40%; None for anything else."""
     try:
-        return float(text.strip().strip("$").replace(",", "").replace("\\%", "").rstrip("%"))
+        value = float(text.strip().strip("$").replace(",", "").replace("\\%", "").rstrip("%"))
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def mmmu(answer: str, expected: Sequence[str], options: Sequence[str]) -> bool:

@@ -69,8 +69,8 @@ async def ask(send: Send, body: dict[str, Any], item: Item) -> Judged:
     return judged
 
 
-async def ask_all(target: Target, items: list[Item], body: dict[str, Any], users: int, show: bool) -> list[Judged]:
-    """All items, so many at a time, in the order of the items; what was answered until a cancellation."""
+async def ask_all(target: Target, items: list[Item], body: dict[str, Any], users: int, show: bool) -> dict[int, Judged]:
+    """All items, so many at a time, by their places and in that order; what was answered until a cancellation."""
     done: dict[int, Judged] = {}
     queue = iter(enumerate(items))
 
@@ -91,13 +91,13 @@ async def ask_all(target: Target, items: list[Item], body: dict[str, Any], users
             await asyncio.gather(*(user() for _ in range(min(users, len(items)))))
     if show:
         print(file=sys.stderr)
-    return [done[at] for at in sorted(done)]
+    return {at: done[at] for at in sorted(done)}
 
 
-def judge(judged: list[Judged], items: list[Item]) -> None:
-    """Tells of each answer whether it is right; after an interruption there are fewer answers than items."""
-    for each, item in zip(judged, items, strict=False):
-        each.right = each.answer is not None and item.right(each.answer)
+def judge(judged: dict[int, Judged], items: list[Item]) -> None:
+    """Tells of each answer, by its item's place, whether it is right."""
+    for at, each in judged.items():
+        each.right = each.answer is not None and items[at].right(each.answer)
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -155,11 +155,12 @@ async def measure(
 ) -> int:  # fmt: skip
     """Asks a suite and prints what came of it. Exit code 1 where a request failed, 130 after Ctrl-C."""
     began = time.monotonic()
-    judged = await ask_all(target, items, body, users, show)
+    answers = await ask_all(target, items, body, users, show)
     seconds = time.monotonic() - began
-    if not judged:
+    if not answers:
         return EXIT_INTERRUPTED
-    judge(judged, items)
+    judge(answers, items)
+    judged = list(answers.values())
     found = summarise(judged, seconds)
     print(table(suite, found), file=sys.stderr)
     for message, number in found["errors"].items():

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import re
 import shlex
 import signal
@@ -88,7 +89,7 @@ async def serve_and_sweep(options: argparse.Namespace, workload: Workload, plan:
         say(f"qvq-serve {arguments}")
         try:
             async with serving(arguments, options.port, path.with_suffix(".log"), options.start_timeout) as url:
-                target = Target(url, timeout=options.timeout)
+                target = Target(url, os.environ.get("QVQ_API_KEY"), timeout=options.timeout)  # the server has it too
                 code = max(
                     code, await sweep_server(target, workload, plan, settings, path, options.argv, not options.quiet)
                 )

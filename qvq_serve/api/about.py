@@ -1,8 +1,10 @@
 """What runs here, for whoever measures it: the launch, and what one token costs the fullest GPU at the least."""
 
 import json
+import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +22,10 @@ from qvq_serve.memory import (
     weight_kind,
 )
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile
+from qvq_serve.profile import Profile, flag, workers
+
+PRIVATE = (*SECRET, "system_prompt", "guard_url", "guard_extra_body")
+HIDDEN = re.compile("|".join(map(flag, PRIVATE)) + "|--.*(token|key|password)")
 
 
 def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]:
@@ -50,24 +55,41 @@ def token_figures(profile: Profile, geometry: ModelGeometry) -> dict[str, float]
 
 
 def launch_labels(profile: Profile, geometry: ModelGeometry, gpus: list[Gpu]) -> dict[str, str]:
-    """The launch in words. Keys are left out, and of a file's path everything but its last part."""
+    """The launch in words, for anybody who may read metrics: without what is `PRIVATE`, or a key or token of vLLM's,
+    and of a file's path with nothing but its last part."""
     from vllm import __version__ as vllm_version
 
     default = Profile()
     chosen = {
-        name: last_part(value, profile.open_routes)
+        name: shown(value, profile.open_routes) if name == "vllm" else last_part(value, profile.open_routes)
         for name, value in asdict(profile).items()
-        if name not in SECRET and value != getattr(default, name)
+        if name not in PRIVATE and value != getattr(default, name)
     }
     return {
         "version": __version__,
         "vllm": vllm_version,
         "card": gpus[0].name if gpus else "",
-        "gpus": str(len(gpus)),
+        "gpus": str(workers(profile) if gpus else 0),
         "weights": weight_kind(profile, geometry),
         "profile": json.dumps(chosen),
-        "argv": shlex.join(["qvq-serve", *(last_part(argument, profile.open_routes) for argument in sys.argv[1:])]),
+        "argv": shlex.join(["qvq-serve", *shown(sys.argv[1:], profile.open_routes)]),
     }
+
+
+def shown(arguments: Iterable[str], routes: str | None) -> list[str]:
+    """A command line's arguments as anybody may see them."""
+    line: list[str] = []
+    private = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if private and not argument.startswith("-"):
+            line.append("...")
+        elif private := bool(HIDDEN.fullmatch(name)):
+            line.append(name + equals + ("..." if equals else ""))
+            private = not equals
+        else:
+            line.append(last_part(argument, routes))
+    return line
 
 
 def last_part(value: Any, routes: str | None) -> Any:

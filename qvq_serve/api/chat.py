@@ -200,7 +200,11 @@ async def completed(context: Context, chain: Chain, answer: Answer, parsed: Pars
     }
     if parsed.act:
         answer.qvq["governor"] = {"found": parsed.act.why, "period": parsed.act.period}
-    await chain.after(context, answer)
+    try:
+        await chain.after(context, answer)
+    except Stop:  # it told so of the text before; here there is none to stop
+        if answer.ended != "filtered":
+            raise
     count(answer, parsed)
     if parsed.act and parsed.act.why == "loop":
         metrics.SAVED.inc(max(most_tokens(context.request, launched_profile()) - parsed.tokens, 0))

@@ -174,7 +174,8 @@ class Passage:
                     401, "key", "a valid key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"}
                 )
         if self.method == "POST":
-            if "upgrade" in self.headers and "upgrade" in self.headers.get("connection", "").lower():
+            offers = b",".join(value for name, value in self.scope["headers"] if name == b"connection").lower()
+            if "upgrade" in self.headers and b"upgrade" in offers:
                 raise Refusal(400, "upgrade", f"Upgrade: {self.headers['upgrade']} is not spoken here, and its body is "
                               "lost; send HTTP/1.1 without it (Java's client: version(Version.HTTP_1_1))")  # fmt: skip
             if lifecycle.STATE.draining:
@@ -205,13 +206,13 @@ class Passage:
 
     async def received(self) -> Message:
         """The next message of the HTTP server's."""
-        if self.arrived:
-            message = await self._receive()  # that the client went away, or has all of the answer
-            self.gone = not self.ended
-            return message
-        self.waiting = time.monotonic()
+        if not self.arrived:
+            self.waiting = time.monotonic()
         message = await self._receive()
         self.waiting = 0.0
+        if message["type"] == "http.disconnect":
+            self.gone, self.arrived = not self.ended, True
+            return message
         self.body_bytes += len(message.get("body", b""))
         self.arrived = not message.get("more_body", False)
         return message
@@ -269,7 +270,8 @@ class Passage:
         if self.comments:
             self.comments.cancel()
         lifecycle.STATE.running -= self.state.get("qvq_running", False)
-        self.status = GONE if self.gone else self.status
+        if self.gone or (self.stalled and self.sent):
+            self.status = GONE
         if self.counted:
             lifecycle.STATE.in_flight -= 1
             metrics.IN_FLIGHT.dec()

@@ -9,7 +9,7 @@ from qvq_serve.errors import StartError
 from qvq_serve.gpu import GIB, Gpu, used_bytes, visible_gpus
 from qvq_serve.memory import card_of, plan, plan_host
 from qvq_serve.model import ModelGeometry
-from qvq_serve.profile import Profile
+from qvq_serve.profile import Profile, local_workers
 
 log = logging.getLogger("vllm.qvq_serve")  # below vLLM's logger, so that its handlers and level hold
 POLL_S = 5.0
@@ -79,7 +79,7 @@ async def watch(engine_client: Any, profile: Profile) -> None:
 
     One call is in flight at most, and none has a timeout: a late reply would be taken for the next step's.
     """
-    gpus = visible_gpus()[: profile.tp * profile.pp]
+    gpus = visible_gpus()[: local_workers(profile)]
     measured = await engine_client.collective_rpc("qvq_memory")
     report(planned_uses(profile, gpus), measured, gpus)
     counted: dict[str, int] = {}

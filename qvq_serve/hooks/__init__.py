@@ -1,8 +1,8 @@
 """Hooks: what is done to a request on its way in, and to its text on its way out.
 
 A hook is a class; one instance serves all requests at once, so what belongs to one request goes into its context.
-Order: ours (request, answer, language, guard), then those of `--hook` as given, then the entry points of the group
-`qvq_serve.hooks` by name.
+Order: answer, language and guard, those of `--hook` as given, the entry points of the group `qvq_serve.hooks` by name;
+then request and governor, which work out budgets from what is left of a request.
 """
 
 import time

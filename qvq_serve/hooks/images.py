@@ -134,7 +134,7 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
             if scheme == "data":
                 content = await loop.run_in_executor(global_thread_pool, decoded, url, profile.max_image_bytes)
             else:
-                allowed = frozenset(names(profile.allowed_image_hosts))
+                allowed = frozenset(names((profile.allowed_image_hosts or "").lower()))
                 content = await fetch(url, allowed=allowed, most_bytes=profile.max_image_bytes)
             return await loop.run_in_executor(global_thread_pool, loaded, media, content, profile.max_image_pixels)
         except (MediaError, TimeoutError):

@@ -77,6 +77,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         self.raw = self.space = ""
         self.sent = {"reasoning": "", "content": ""}
         self.ids: list[int] = []
+        self.before: int | None = None
+        """Tokens before the marker, once it was found."""
         self.marked = False
         self.lead: str | None = None
 
@@ -168,10 +170,9 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         return DeltaMessage(**shown) if shown else None
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """Tokens of the reasoning: those before the marker, or, where there is none, all but special ones at the end.
-
-        Called by vLLM for each choice when it is finished.
-        """
+        """Called by vLLM for each choice when it is finished, and of a stream, if a client likes, for each chunk."""
+        if self.streaming:
+            return self.reasoning_tokens(token_ids)
         counted = self.parsed(token_ids)
         self.results.append(counted)
         return counted.reasoning_tokens
@@ -181,17 +182,26 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         ids = list(self.ids if token_ids is None else token_ids)
         if self.answering:
             return Parsed(True, 0, len(ids))
+        reasoning_tokens = self.reasoning_tokens(ids)
+        return Parsed(
+            self.marked, reasoning_tokens, len(ids), self.act(ids, reasoning_tokens if self.marked else len(ids))
+        )
+
+    def reasoning_tokens(self, ids: Sequence[int]) -> int:
+        """Of the reasoning: those before the marker, or, where there is none, all but special ones at the end."""
+        if self.answering:
+            return 0
         if not self.marked:
-            trailing = next((i for i, token in enumerate(reversed(ids)) if token not in self.special), len(ids))
-            return Parsed(False, len(ids) - trailing, len(ids), self.act(ids, len(ids)))
-        # A byte-level token's spelling has a character for each of its bytes; a special one leaves no text.
-        left, reasoning_tokens = len(self.raw.encode()) - 2 * self.raw.count("\ufffd"), 0
-        for token, spelling in zip(ids, self.model_tokenizer.convert_ids_to_tokens(ids), strict=True):
-            left -= 0 if token in self.special else len(spelling)
-            if left < 0:
-                break
-            reasoning_tokens += 1
-        return Parsed(True, reasoning_tokens, len(ids), self.act(ids, reasoning_tokens))
+            return len(ids) - next((i for i, token in enumerate(reversed(ids)) if token not in self.special), len(ids))
+        if self.before is None:
+            # A byte-level token's spelling has a character for each of its bytes; a special one leaves no text.
+            left, self.before = len(self.raw.encode()) - 2 * self.raw.count("\ufffd"), 0
+            for token, spelling in zip(ids, self.model_tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+                left -= 0 if token in self.special else len(spelling)
+                if left < 0:
+                    break
+                self.before += 1
+        return self.before
 
     def act(self, ids: list[int], answer: int) -> Act | None:
         """What the governor did to the choice, its answer beginning at one of its tokens."""

@@ -5,6 +5,7 @@ messages. Reasoning and answer are checked apart, in windows, while they stream;
 window passed, so what a client has seen before a stop is less than one window.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -81,7 +82,7 @@ class Guard(Hook):
 
     async def before(self, context: Context) -> None:
         """The whole conversation."""
-        found = await self.check("prompt", await self.conversation(context))
+        found = await self.check(context, "prompt")
         if found:
             raise Refuse(f"the request was refused by the server's guard: {said(found)}", 403)
 
@@ -109,17 +110,16 @@ class Guard(Hook):
         text = seen + "".join(window)
         window.clear()
         context.state[f"guard {choice} {part} seen"] = text[-OVERLAP:]
-        messages = [*await self.conversation(context), {"role": "assistant", "content": text}]
-        if found := await self.check(part, messages):
+        if found := await self.check(context, part, {"role": "assistant", "content": text}):
             raise Stop(guard={"part": part, "verdict": found.verdict, "categories": list(found.categories)})
 
-    async def conversation(self, context: Context) -> list[dict[str, Any]]:
+    def conversation(self, context: Context, model: str) -> list[dict[str, Any]]:
         """The request's turns, their images only where the guard sees them.
 
         What is not the model's own is a user's, a system message too: the client wrote it. Guards want turns that
         alternate.
         """
-        images = bool(SEES_IMAGES.search(await self.model_name()))
+        images = bool(SEES_IMAGES.search(model))
         turns: list[dict[str, Any]] = []
         for message in context.request.messages:
             content = message.get("content") or ""
@@ -134,27 +134,27 @@ class Guard(Hook):
         return turns or [{"role": "user", "content": ""}]
 
     async def model_name(self) -> str:
-        """The guard's name on its server, asked for once; empty where the server does not answer."""
+        """The guard's name on its server, asked for once. Raises OpenAIError or IndexError where it does not say."""
         if self.model is None:
-            import openai
-
-            try:
-                self.model = (await self.client.models.list()).data[0].id
-            except (openai.OpenAIError, IndexError):
-                return ""
+            self.model = (await self.client.models.list()).data[0].id
         return self.model
 
-    async def check(self, part: str, messages: list[dict[str, Any]]) -> Verdict | None:
-        """The verdict where it blocks, else None. A guard that does not answer blocks by --guard-failure closed."""
+    async def check(self, context: Context, part: str, *turns: dict[str, Any]) -> Verdict | None:
+        """The verdict on the conversation and these turns where it blocks, else None.
+
+        A guard that does not answer in time blocks by --guard-failure closed.
+        """
         import openai
 
         options: dict[str, Any] = {"temperature": 0, "max_tokens": MOST_TOKENS, "extra_body": self.extra_body}
         try:
-            model = await self.model_name()
-            made = await self.client.chat.completions.create(model=model, messages=messages, **options)  # type: ignore[arg-type]
+            async with asyncio.timeout(self.profile.guard_timeout):  # httpx's is of each phase
+                model = await self.model_name()
+                messages: Any = [*self.conversation(context, model), *turns]
+                made = await self.client.chat.completions.create(model=model, messages=messages, **options)
             text = made.choices[0].message.content or ""
             found, reason = parse_verdict(text), f"said {text[:80]!r}"
-        except (openai.OpenAIError, IndexError) as error:
+        except (openai.OpenAIError, IndexError, TimeoutError) as error:
             found, reason = None, type(error).__name__
         if found is None:
             log.warning("the guard gave no verdict on the %s: %s", part, reason)

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,13 +187,22 @@ def test_wilsons_interval_holds_what_it_should() -> None:
         assert 0 <= least < 1e-9 and 1 - 1e-9 < most <= 1
 
 
+last_asked = threading.Event()
+"""Set as the last question of an interrupted suite is asked."""
+
+
 @contextmanager
 def answering(replies: dict[str, dict[str, Any] | int]) -> Iterator[str]:
     """A server that answers by the last word of the question; a number is a status of its own."""
 
     async def chat(request: web.Request) -> web.Response:
         body = await request.json()
-        made = replies[body["messages"][-1]["content"][-1]["text"].split()[-1]]
+        word = body["messages"][-1]["content"][-1]["text"].split()[-1]
+        if word == "slow":
+            await asyncio.sleep(30)
+        if word == "five":
+            last_asked.set()
+        made = replies[word]
         if isinstance(made, int):
             return web.json_response({"error": {"message": "no", "code": made}}, status=made)
         assert body["model"] == "some-model" and body["temperature"] == 0
@@ -208,8 +218,6 @@ def answering(replies: dict[str, dict[str, Any] | int]) -> Iterator[str]:
     loop.run_until_complete(runner.setup())
     site = web.TCPSite(runner, "127.0.0.1", 0)
     loop.run_until_complete(site.start())
-    import threading
-
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
@@ -249,6 +257,36 @@ def test_a_suite_is_asked_judged_and_written(tmp_path: Path, capsys: pytest.Capt
     written = json.loads(out.read_text())
     assert [each["answer"] for each in written["answers"]] == ["1", "3", None, None]
     assert written["kind"] == "quality" and written["summary"]["right"] == 1
+
+
+def test_an_interruption_leaves_each_answer_to_its_own_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers behind one that was still waited for were judged by other questions' rules."""
+    words = ["one", "two", "slow", "four", "five"]
+    replies: dict[str, dict[str, Any] | int] = {word: completion(f"\\boxed{{{word}}}", 1, None) for word in words}
+    asked = [
+        Item(word, "all", [{"role": "user", "content": [{"type": "text", "text": f"a {word}"}]}], word, word.__eq__)
+        for word in words
+    ]
+
+    async def interrupted(url: str) -> int:
+        out = tmp_path / "quality.json"
+        task = asyncio.create_task(measure(Target(url), "demo", asked, {"temperature": 0}, 2, out, [], False))
+        await asyncio.to_thread(last_asked.wait, 30)
+        await asyncio.sleep(0.5)  # for the fourth answer's way back
+        task.cancel()
+        return await task
+
+    with answering(replies) as url:
+        assert asyncio.run(interrupted(url)) == 130
+    told = json.loads(capsys.readouterr().out)
+    assert (told["count"], told["right"]) == (4, 4)
+
+
+@pytest.mark.parametrize("answer", ["nan", "inf", "-infinity"])
+def test_what_is_no_number_is_wrong_and_harms_nothing(answer: str) -> None:
+    assert answers.mathvista(answer, "3", [], "integer", None) is False
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -41,5 +41,7 @@ class Obliging(Hook):
     async def after(self, context: Context, answer: Answer) -> None:
         answer.qvq["pieces"] = len(context.state.get("pieces", []))
         answer.qvq["sizes"] = [[image.width, image.height] for image in context.images.values()]
+        if "stop at the end" in asked(context):
+            raise Stop(by="obliging", part="end")
         if "replace it" in asked(context):
             answer.content = "Replaced."

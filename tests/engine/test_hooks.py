@@ -49,7 +49,7 @@ def guarded(server: Server, cache: Path, tmp_path_factory: pytest.TempPathFactor
         threading.Thread(target=relay.serve_forever, daemon=True).start()
         guard = f"http://127.0.0.1:{relay.server_address[1]}"
         options = ["--guard-url", guard, "--guard-model", "qvq-demo", "--guard-window", "20", "--guard-timeout", "4"]
-        hooks = ["--hook", "tests.engine.hooks:Obliging", "--hook-timeout", "5", "--keep-alive", "1"]
+        hooks = ["--hook", "tests.engine.hooks:Obliging", "--hook-timeout", "9", "--keep-alive", "1"]
         with serving(cache, "--demo", *options, *hooks) as running:
             yield running
         relay.shutdown()
@@ -106,6 +106,15 @@ def test_a_hook_stops_a_request(guarded: Server, stream: bool) -> None:
         assert (choice["finish_reason"], choice["message"]["content"]) == ("content_filter", None)
         assert choice["message"]["reasoning"] is None
     assert (last["qvq"]["ended"], last["qvq"]["by"], last["qvq"]["part"]) == ("filtered", "obliging", "reasoning")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hook_stops_a_finished_answer(guarded: Server, stream: bool) -> None:
+    """A stream broke off; what was not streamed got a 403."""
+    asked = "stop at the end"
+    last = streamed(guarded, asked)[-1] if stream else guarded.chat(user(asked)).json()
+    assert last["choices"][0]["finish_reason"] == "content_filter"
+    assert (last["qvq"]["ended"], last["qvq"]["by"]) == ("filtered", "obliging")
 
 
 def test_a_hook_stops_a_choice_of_a_stream_and_the_others_go_on(guarded: Server) -> None:
@@ -165,7 +174,7 @@ def test_a_hook_that_raises_fails_its_request_alone(guarded: Server, where: str)
 def test_a_slow_hook_is_timed_out(guarded: Server) -> None:
     answer = guarded.chat(user("sleep in before"))
     assert (answer.status_code, "obliging failed" in answer.json()["error"]["message"]) == (500, True)
-    assert "hook obliging, before: took longer than 5 s" in guarded.log.read_text()
+    assert "hook obliging, before: took longer than 9 s" in guarded.log.read_text()
 
 
 def test_a_silent_stream_gets_comments_and_stays_whole(guarded: Server) -> None:

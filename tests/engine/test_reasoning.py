@@ -114,6 +114,21 @@ def test_reasoning_tokens_are_those_before_the_marker() -> None:
     assert made.count_reasoning_tokens(ids) == len(encode("Let me see: 2 + 2.\n\n"))
 
 
+def test_a_stream_counts_its_reasoning_once_however_often_its_usage_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With continuous_usage_stats each chunk spelled all tokens again, in the loop that all streams share."""
+    made, encode = parser(), tokenizer().encode
+    made.streaming = True
+    ids = encode("Let me see.\n\n**Final Answer**\n\n")
+    made.extract_reasoning_streaming("", "", tokenizer().decode(ids), [], [], ids)
+    counted = made.count_reasoning_tokens(ids)
+    assert counted == len(encode("Let me see.\n\n"))
+    monkeypatch.setattr(made, "model_tokenizer", None)
+    assert made.count_reasoning_tokens([*ids, *encode("4, as 2 and 2 are.")]) == counted
+    assert made.results == []  # those of answers that are whole
+
+
 def test_an_answer_that_is_to_be_continued_is_known_by_the_marker_of_the_last_turn() -> None:
     encode, made = tokenizer().encode, parser()
     turn = encode("<|im_start|>assistant\n")

@@ -42,6 +42,26 @@ def test_the_launch_is_told_without_keys_and_without_directories(monkeypatch: py
     assert (labels["card"], labels["gpus"], labels["weights"]) == ("NVIDIA H200", "2", "bf16")
 
 
+def test_nobody_reads_in_the_metrics_what_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need no key. The system prompt, the guard's URL and vLLM's --hf-token stood there."""
+    ours = ["--system-prompt", "hush 1", "--guard-url=http://user:hush@guard", "--guard-extra-body", '{"token":"hush"}']
+    vllm = ("--hf-token", "hf_hush", "--max-num-seqs", "8")
+    monkeypatch.setattr(sys, "argv", ["qvq-serve", *ours, "--max-output-tokens", "9", "--", *vllm])
+    private = {"system_prompt": "hush 1", "guard_url": "http://user:hush@guard", "guard_extra_body": '{"token":"hush"}'}
+    labels = launch_labels(Profile(**private, vllm=vllm), QVQ, [])
+    assert "hush" not in json.dumps(labels)
+    assert "--guard-url=... --guard-extra-body ... --max-output-tokens 9 -- --hf-token ... --max-num-seqs 8" in (
+        labels["argv"].replace("'", "")
+    )
+    assert json.loads(labels["profile"]) == {"vllm": ["--hf-token", "...", "--max-num-seqs", "8"]}
+
+
+def test_the_gpus_of_all_machines_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qvq-serve"])
+    two = Profile(tp=8, vllm=("--nnodes", "2"))
+    assert launch_labels(two, QVQ, [Gpu(i, "NVIDIA H200", 140) for i in range(4)])["gpus"] == "8"
+
+
 def test_open_routes_are_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["qvq-serve", "--open-routes", "/tokenize,/v1/completions"])
     labels = launch_labels(Profile(open_routes="/tokenize,/v1/completions"), QVQ, [])

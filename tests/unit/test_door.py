@@ -115,9 +115,14 @@ def test_slow_clients_that_move_are_waited_for(port: int) -> None:
     assert stalled() == before
 
 
-def test_a_body_that_an_upgrade_loses_is_told_so(port: int) -> None:
+@pytest.mark.parametrize(
+    "connection",
+    [["Connection: Upgrade, HTTP2-Settings"], ["Connection: Upgrade", "Connection: keep-alive"]],
+    ids=len,
+)
+def test_a_body_that_an_upgrade_loses_is_told_so(port: int, connection: list[str]) -> None:
     """Java's client offers HTTP/2 with each request; the HTTP server drops the body, and vLLM missed it."""
-    offer = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA", "Content-Length: 2"]
+    offer = [*connection, "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA", "Content-Length: 2"]
     with connected(port, *offer) as client:
         client.sendall(b"{}")
         answer = client.makefile("rb").read()
@@ -125,7 +130,13 @@ def test_a_body_that_an_upgrade_loses_is_told_so(port: int) -> None:
 
 
 def test_a_client_that_goes_away_is_logged_as_that(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    lifecycle.STATE.finished.clear()
     with caplog.at_level(logging.INFO, "vllm.qvq_serve"):
+        with connected(port, "Content-Length: 1000", "X-Request-Id: began") as client:
+            client.sendall(b"{")
+        with connected(port, "Content-Length: 0", "X-Request-Id: stood") as client:
+            client.recv(1)
+            until_nobody_is_in_flight()
         with connected(port, "Content-Length: 0", "X-Request-Id: went") as client:
             client.recv(1)
         until_nobody_is_in_flight()
@@ -134,13 +145,16 @@ def test_a_client_that_goes_away_is_logged_as_that(port: int, caplog: pytest.Log
                 pass
         until_nobody_is_in_flight()
     logged = {record.request_id: record.status for record in caplog.records if hasattr(record, "request_id")}
-    assert logged == {"went": 499, "stayed": 200}
+    assert logged == {"began": 499, "stood": 499, "went": 499, "stayed": 200}
+    assert len(lifecycle.STATE.finished) == 1
 
 
 def test_a_path_cannot_write_lines_of_the_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.qvq_serve"):
         httpx.get(f"http://127.0.0.1:{port}/x%0AINFO%20forged%1b%5B2K")
-        until_nobody_is_in_flight()
+        deadline = time.monotonic() + 20
+        while "forged" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
     [line] = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
     assert line.startswith("GET /x%0AINFO%20forged%1B%5B2K 404 in ")
 

@@ -1,6 +1,7 @@
 """The chain: order, limits, failures with a name, and hooks that cannot be."""
 
 import asyncio
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,16 @@ def test_a_guard_that_sees_gets_the_images_and_others_the_texts(model: str, imag
     text = {"type": "text", "text": "Is this safe?"}
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": [image, text]}]
     guard = Guard(Profile(guard_url="http://guard", guard_model=model))
-    (turn,) = asyncio.run(guard.conversation(Context(SimpleNamespace(messages=messages))))
+    (turn,) = guard.conversation(Context(SimpleNamespace(messages=messages)), model)
     system = {"type": "text", "text": "Think."}
     assert turn == {"role": "user", "content": [system, image, text] if images else "Think.\nIs this safe?"}
+
+
+def test_a_guard_that_hangs_takes_one_timeout_of_its_hook(caplog: pytest.LogCaptureFixture) -> None:
+    """It took three, one for each call, and then failed the request as a hook that is too slow."""
+    context = Context(SimpleNamespace(messages=[{"role": "user", "content": "Hi"}]))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        guard = Guard(Profile(guard_url=url, guard_timeout=0.5, hook_timeout=1.2, guard_failure="open"))
+        asyncio.run(Chain([guard], 1.2).before(context))
+    assert "the guard gave no verdict on the prompt" in caplog.text

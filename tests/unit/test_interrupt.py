@@ -19,6 +19,28 @@ print(*(one.pid for one in psutil.Process().children(recursive=True) if interrup
 """
 
 
+DENIED = """
+import subprocess, psutil
+from qvq_serve import interrupt
+children = [subprocess.Popen(["sleep", "30"]) for _ in range(2)]
+suspend = psutil.Process.suspend
+def refused(process):
+    if process.pid == children[0].pid:
+        raise psutil.AccessDenied(process.pid)
+    suspend(process)
+psutil.Process.suspend = refused
+print(interrupt.halted() == [children[1].pid])
+for child in children:
+    child.kill()
+"""
+
+
+def test_a_child_with_other_rights_does_not_end_the_wait_for_signals() -> None:
+    """nvidia-modprobe while CUDA starts: from then on neither Ctrl-C nor SIGTERM was answered."""
+    done = subprocess.run([sys.executable, "-c", DENIED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_a_process_that_makes_others_meanwhile_is_found_with_all_of_them() -> None:
     """A worker that was made as its parent was killed lived on until it had loaded."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)

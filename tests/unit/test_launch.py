@@ -62,6 +62,15 @@ def test_the_versions_that_the_locks_pin_are_those_that_pyproject_asks_for() -> 
     assert {"vllm==0.32.0", "torch==2.13.0"} <= set(pins["gpu"])
 
 
+def test_the_lock_of_a_gpus_environment_has_the_libraries_of_its_torchs_cuda() -> None:
+    """It was resolved beside a CPU build of torch, and no GPU machine could install it."""
+    lines = (ROOT / "launch" / "constraints-gpu.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    toolkit = pins["cuda-toolkit"].split(".")[:2]
+    assert [pins[f"nvidia-{name}"].split(".")[:2] for name in ("cuda-runtime", "cuda-nvrtc", "nvtx")] == [toolkit] * 3
+    assert {"triton", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= pins.keys()
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_gpus_environment_is_made_where_flashinfers_kernels_cannot_be_fetched(checkout: Path, code: int) -> None:
     vllm = checkout / ".venv/bin/vllm"

@@ -365,6 +365,8 @@ def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_seq
     assert queue_limit(profile, cards) == math.ceil(2 * at_once.requests(at_once.typical_tokens))
     assert queue_limit(Profile(tp=4, vllm=("--max-num-seqs", "20")), cards) == 40
     assert queue_limit(Profile(model="demo"), []) == 256
+    small = Gpu(4, "NVIDIA L4", 22 * GIB)  # which the launch does not use
+    assert queue_limit(profile, [*cards, small]) == queue_limit(profile, cards)
 
 
 def test_a_worker_on_another_machine_is_labelled_by_its_rank() -> None:

@@ -60,6 +60,7 @@ def test_every_value_has_a_source() -> None:
         ({"top_p": "0"}, "--top-p 0.0: it is a share"),
         ({"top_k": "0"}, "--top-k 0: it must be at least 1."),
         ({"max_output_tokens": "0"}, "--max-output-tokens 0: it must be at least 1."),
+        ({"guard_url": "http://guard", "guard_timeout": "5"}, "--guard-timeout 5.0: it must be less than half of"),
         ({"image_timeout": "0"}, "--image-timeout 0.0: it must be above 0 seconds"),
     ],
 )

@@ -38,11 +38,11 @@ def test_the_light_install_plans_a_launch_with_no_torch_and_no_vllm(tmp_path: Pa
     listed = {line.split()[0] for line in run(qvq_serve, "--profile", "list").splitlines()}
     assert listed == {path.stem for path in (ROOT / "launch" / "profiles").glob("*.toml")}
     assert "--tensor-parallel-size 4" in run(qvq_serve, "--tp", "4", "--dry-run")
-    run(python, "-m", "pip", "install", "-qq", *(f"{wheel}[bench]" for wheel in tmp_path.glob("*.whl")))
-    assert not {"torch", "vllm"} & {line.split()[0] for line in run(python, "-m", "pip", "list").lower().splitlines()}
-    code = "from qvq_bench import report, workload; print(workload.load_workload('qvq-long').hash)"
-    assert len(run(python, "-c", code).strip()) == 16
     done = subprocess.run([qvq_serve, "--demo"], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 3
     assert "bash launch/serve.sh" in done.stderr
     assert "Traceback" not in done.stderr
+    run(python, "-m", "pip", "install", "-qq", *(f"{wheel}[bench]" for wheel in tmp_path.glob("*.whl")))
+    assert not {"torch", "vllm"} & {line.split()[0] for line in run(python, "-m", "pip", "list").lower().splitlines()}
+    code = "from qvq_bench import report, workload; print(workload.load_workload('qvq-long').hash)"
+    assert len(run(python, "-c", code).strip()) == 16
