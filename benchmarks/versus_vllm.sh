@@ -10,17 +10,17 @@ set -euo pipefail
 PORT=${PORT:-8099}
 URL=http://127.0.0.1:$PORT
 
-load() {  # NAME -> qvq-bench's arguments
+load() {  # NAME -> qvq-bench's arguments; seeds of their own, or an image would be known from another load
     case $1 in
-        alone) echo run --workload image-512 --load 1 --seconds 30 --warmup 10 ;;
-        long-answers) echo run --workload image-2k --load 128 --seconds 90 --warmup 150 ;;
-        long-answers-64) echo run --workload image-2k --load 64 --seconds 60 --warmup 120 ;;
+        alone) echo run --workload image-512 --seed 1001 --load 1 --seconds 30 --warmup 10 ;;
+        long-answers) echo run --workload image-2k --seed 1128 --load 128 --seconds 90 --warmup 150 ;;
+        long-answers-64) echo run --workload image-2k --seed 1064 --load 64 --seconds 60 --warmup 120 ;;
         chat-64) echo run --workload chat-short --seed 64 --load 64 --seconds 30 --warmup 25 ;;
         chat-192) echo run --workload chat-short --seed 192 --load 192 --seconds 40 --warmup 45 ;;
         chat-256) echo run --workload chat-short --seed 256 --load 256 --seconds 40 --warmup 45 ;;
-        first-image) echo run --workload first-image --load 32 --seconds 30 --warmup 15 ;;
-        same-image) echo run --workload same-image --load 32 --seconds 30 --warmup 15 ;;
-        capacity) echo sweep --workload qvq-long --seconds 90 --warmup 150 --start "${START:-16}" --max-load "${MOST:-512}" \
+        first-image) echo run --workload first-image --seed 1032 --load 32 --seconds 30 --warmup 15 ;;
+        same-image) echo run --workload same-image --seed 1033 --load 32 --seconds 30 --warmup 15 ;;
+        capacity) echo sweep --workload qvq-long --seed 1500 --seconds 90 --warmup 150 --start "${START:-16}" --max-load "${MOST:-512}" \
             --repeats 1 --tolerance 0.16 ;;
         *) echo "versus_vllm.sh: no load is called '$1'" >&2; exit 2 ;;
     esac

@@ -151,7 +151,7 @@ class Bench:
         """Puts one load on the server; its summary, and all that was measured. Ctrl-C ends it early (`interrupted`)."""
         await self.idle()
         plan, arrivals = self.plan, self.workload.arrivals
-        due = None if arrivals["kind"] == "closed" else due_times(arrivals, level, self.workload.seed)
+        due = None if arrivals["kind"] == "closed" else due_times(arrivals, level, self.workload.seed + self.next_index)
         load = Load(
             level,
             due,

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -315,6 +316,10 @@ def run_quality(options: argparse.Namespace) -> int:
         raise UsageError(f"--body {options.body}: is no JSON ({error}).") from None
     if not isinstance(body, dict):
         raise UsageError(f"--body {options.body}: must be an object, such as {{}}.")
+    if options.suite in ("mathvision", "olympiadbench") and find_spec("math_verify") is None:
+        raise UsageError(
+            f"--suite {options.suite} needs Math-Verify, which is not installed: pip install '.[quality]'."
+        )
     asked = list(items(options.suite, options.data, options.first, options.limit))
     if not asked:
         raise UsageError(f"--suite {options.suite}: there are no questions in it.")

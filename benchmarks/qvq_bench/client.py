@@ -135,7 +135,10 @@ def http(session: aiohttp.ClientSession, url: str, key: str | None) -> Send:
 def session(timeout_s: float) -> aiohttp.ClientSession:
     """One pool for a load: as many connections as it has streams, each request at most `timeout_s` seconds."""
     limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits, read_bufsize=2**18)
+    # A server closes an idle connection after 5 s or more: what is sent on one meanwhile is lost.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    jar = aiohttp.DummyCookieJar()  # a balancer's cookie would bind all users to one server
+    return aiohttp.ClientSession(connector=connector, cookie_jar=jar, timeout=limits, read_bufsize=2**18)
 
 
 async def lines(reply: Reply) -> AsyncIterator[bytes]:
@@ -181,7 +184,7 @@ async def ask(send: Send, body: dict[str, Any], row: Row) -> None:
 
 def read(row: Row, event: dict[str, Any], clock: Callable[[], float]) -> None:
     """One event of the stream."""
-    if "error" in event:
+    if event.get("error"):
         said = event["error"] if isinstance(event["error"], dict) else {}
         # vLLM's own check of the queue can come after the status was sent.
         row.outcome = "refused" if said.get("code") in REFUSED and not row.chunks else "error"

@@ -14,7 +14,8 @@ SAME: dict[str, Callable[[dict[str, Any]], Any]] = {
     "objective": lambda r: r.get("objective"),
     "length of a step": lambda r: {key: value for key, value in r["plan"].items() if key != "sample_every"},
 }
-FIGURES = {
+FIGURES: dict[str, tuple[str, ...]] = {
+    "ok": ("ok_share",),
     "output tokens/s": ("throughput", "output_tokens_per_second"),
     "requests/s": ("throughput", "requests_per_second"),
     "TTFT p50": ("latency", "time_to_first_token", "p50"),

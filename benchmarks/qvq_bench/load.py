@@ -14,6 +14,8 @@ from qvq_bench.workload import Request
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Its multiples, less their whole parts, are even over 0 to 1, however many are taken, and over neighbours too."""
+PAUSE_S = 1.0
+"""For which a user that was refused, or got an error, waits: asking again at once would be another load."""
 LAG_PERIOD_S = 0.01
 LAG_LIMIT_S = 0.05
 """A client whose event loop is later than this at its 99th percentile measures itself: the result is not valid."""
@@ -67,6 +69,8 @@ class Measured:
     start: float = 0.0
     """Of the measured window."""
     stop: float = 0.0
+    missed: int = 0
+    """Samples that failed."""
     interrupted: bool = False
     next_index: int = 0
 
@@ -84,11 +88,12 @@ async def run_load(
     clock = asyncio.get_running_loop().time
     began, made = clock(), Measured(start=load.warmup)
     counter = itertools.count(load.first_index + load.users)
-    running: set[asyncio.Task[None]] = set()
+    running: set[asyncio.Task[Row]] = set()
+    broken: list[asyncio.Task[Row]] = []
     until = began + load.warmup + load.seconds if load.seconds is not None else float("inf")
     final = load.first_index + load.requests if load.requests is not None else float("inf")
 
-    async def one(index: int, due: float) -> None:
+    async def one(index: int, due: float) -> Row:
         due = clock() if load.due is None else due  # before the request is made: a client that makes them late is late
         request = await requests(index)
         body = request.body | {"model": model}
@@ -102,13 +107,21 @@ async def run_load(
         )
         made.rows.append(row)
         await ask(send, body, row)
+        return row
+
+    def over(task: asyncio.Task[Row]) -> None:
+        """Of an open loop's: what could not be made stays, for `arrive` and `finished` to raise."""
+        if task.cancelled() or task.exception() is None:
+            running.discard(task)
+        else:
+            broken.append(task)
 
     async def user(number: int) -> None:
         await asyncio.sleep(load.warmup / 2 * number / load.level)
         index = load.first_index + number
         while clock() < until and index < final:
-            await one(index, 0.0)
-            await asyncio.sleep(load.think)
+            row = await one(index, 0.0)
+            await asyncio.sleep(load.think if row.outcome == "ok" else max(load.think, PAUSE_S))
             index = next(counter)
 
     async def arrive() -> None:
@@ -116,8 +129,10 @@ async def run_load(
             if began + offset >= until or (index := next(counter)) >= final:
                 break
             await asyncio.sleep(began + offset - clock())
+            for task in broken:
+                task.result()
             running.add(task := asyncio.create_task(one(index, began + offset)))
-            task.add_done_callback(running.discard)
+            task.add_done_callback(over)
 
     watchers = [asyncio.create_task(measure_lag(made, LAG_PERIOD_S))]
     if watch:
@@ -146,14 +161,14 @@ async def run_load(
 
 
 async def finished(
-    senders: list[asyncio.Task[None]], running: set[asyncio.Task[None]], until: float, drain: bool
+    senders: list[asyncio.Task[None]], running: set[asyncio.Task[Row]], until: float, drain: bool
 ) -> None:
     """Until all is answered, or without a drain until the load's time is over. Raises what a sender raised."""
     clock = asyncio.get_running_loop().time
-    waiting: set[asyncio.Task[None]] = set(senders)
+    waiting: set[asyncio.Task[Any]] = set(senders)
     while waiting:
         limit = None if drain or until == float("inf") else max(until - clock(), 0)
-        done, left = await asyncio.wait(waiting, timeout=limit)
+        done, left = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
         waiting = (left | running) - done
@@ -178,13 +193,15 @@ async def measure_lag(made: Measured, period: float) -> None:
 
 
 async def sample(made: Measured, watch: Watch, began: float, period: float) -> None:
-    """Samples of the server's state, at even times; a sample that fails is left out."""
+    """Samples of the server's state, at even times; those that fail are counted."""
     clock = asyncio.get_running_loop().time
     for number in itertools.count():
         await asyncio.sleep(began + number * period - clock())
-        with contextlib.suppress(ConnectionError):
-            at = clock() - began
+        at = clock() - began
+        try:
             made.samples.append({"at": at, **await watch()})
+        except ConnectionError:
+            made.missed += 1
 
 
 async def tell(made: Measured, progress: Callable[[Measured, int], None], first_index: int) -> None:

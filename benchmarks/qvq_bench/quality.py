@@ -54,14 +54,14 @@ async def ask(send: Send, body: dict[str, Any], item: Item) -> Judged:
         made = json.loads(whole)
         choice, qvq = made["choices"][0], made.get("qvq") or {}
         message = choice["message"]
-    except (OSError, ValueError, LookupError) as error:
+        judged.output_tokens = (made.get("usage") or {}).get("completion_tokens", 0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         judged.message = f"{type(error).__name__}: {error}"
         return judged
     reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
     content = message.get("content") or ""
     judged.answer = boxed_answer(content, reasoning)
     judged.ended = qvq.get("ended") or str(choice.get("finish_reason"))
-    judged.output_tokens = made["usage"]["completion_tokens"]
     judged.reasoning_tokens = qvq.get("reasoning_tokens") or 0
     judged.language_switches = qvq.get("language_switches", switches(f"{reasoning}\n{content}"))
     judged.governor = (qvq.get("governor") or {}).get("found")
@@ -154,6 +154,8 @@ async def measure(
     argv: list[str], show: bool,
 ) -> int:  # fmt: skip
     """Asks a suite and prints what came of it. Exit code 1 where a request failed, 130 after Ctrl-C."""
+    if out:
+        result.check_writable(out)
     began = time.monotonic()
     answers = await ask_all(target, items, body, users, show)
     seconds = time.monotonic() - began

@@ -74,7 +74,8 @@ def replicas(name: str, found: dict[str, Any], users: int | None) -> str:
     if not capacity or unit_of(found) != "users" or users is None:
         return f"{name}: no measured capacity in users, so nothing can be said of {users} users."
     needed = math.ceil(users / capacity)
-    return f"{name}: {users} users need {needed} replica{'s' if needed > 1 else ''}, at {capacity:g} users each."
+    most = "at most " if found["capacity"]["next_load"] is None else ""  # nothing above was tried
+    return f"{name}: {users} users need {most}{needed} replica{'s' if needed > 1 else ''}, at {capacity:g} users each."
 
 
 def representative(found: dict[str, Any]) -> list[dict[str, Any]]:

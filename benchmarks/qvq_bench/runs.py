@@ -10,7 +10,7 @@ from typing import Any
 from qvq_bench import EXIT_INTERRUPTED, EXIT_NOT_OK, ceiling, result
 from qvq_bench.bench import Bench, Plan, Target
 from qvq_bench.load import Measured
-from qvq_bench.summary import unsettled
+from qvq_bench.summary import known_before, unsettled
 from qvq_bench.sweep import Capacity, Level, Objective, Verdict, bound_by, find_capacity, so_far
 from qvq_bench.workload import Workload
 from qvq_serve.errors import UsageError
@@ -119,6 +119,8 @@ async def run_once(
         say(f"  {count} x {message}")
     if note := unsettled(summary, plan.warmup, workload.arrivals["kind"]):
         say(f"qvq-bench: {note}")
+    if note := known_before(summary, workload.images["repeated"]):
+        say(f"qvq-bench: {note}")
     print(json.dumps(brief(summary)))
     if not summary["client"]["valid"]:
         say(f"qvq-bench: this result is NOT VALID: {summary['client']['why']}")
@@ -206,7 +208,8 @@ def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, A
     models = [found["target"]["model"] for found in (old, new)]
     if models[0] != models[1]:
         raise UsageError(f"--resume {path}: it measured the model {models[0]}, not {models[1]}; choose another --out.")
-    return old | {"resumed": [*old.get("resumed", []), new["date"]]}
+    steps = [step for step in old["steps"] if step["client"]["valid"]]  # the others are measured again
+    return old | {"steps": steps, "resumed": [*old.get("resumed", []), new["date"]]}
 
 
 def median_step(steps: list[dict[str, Any]], load: float) -> dict[str, Any]:

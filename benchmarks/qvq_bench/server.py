@@ -45,7 +45,7 @@ def parse(text: str) -> dict[str, Any]:
                 found[key] = max(old, value) if key == "kv_usage" else old + value
             elif name == "vllm:cache_config_info":
                 with suppress(KeyError, ValueError):
-                    found["kv_capacity_tokens"] = kv_capacity(labels)
+                    found["kv_capacity_tokens"] = found.get("kv_capacity_tokens", 0) + kv_capacity(labels)
             elif name == "qvq_memory_bytes":
                 found.setdefault("memory", {}).setdefault(labels["gpu"], {}).setdefault(labels["source"], {})[
                     labels["use"]

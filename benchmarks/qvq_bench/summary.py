@@ -5,6 +5,7 @@ requests was asked for, with the last of them. A request counts for the time to 
 window, and for what comes later if it was still alive in the window.
 """
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -38,23 +39,27 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
     output = None if per_chunk is None and any(row.chunks for row in alive) else sum(inside.values())
     outcomes = Counter(row.outcome for row in alive)
     ended = sum(outcomes[name] for name in OUTCOMES)
-    seen = [sample for sample in made.samples if made.start <= sample["at"] <= made.stop] or made.samples[-1:]
-    memory = memory_figures(seen, [row for row in alive if row.outcome == "ok"])
-    gpus = max(int(first(seen, "server").get("gpus") or 1), 1)
+    seen = [sample for sample in made.samples if made.start <= sample["at"] <= made.stop]
+    whole = [row for row in alive if row.outcome == "ok" and row.share == 1]
+    memory = memory_figures(seen, whole) | {"samples": len(seen), "samples_missed": made.missed}
+    gpus = max(int(first(made.samples, "server").get("gpus") or 1), 1)
+    read = [row for row in alive if row.first is not None and made.start <= row.first <= made.stop]
     done = [row for row in alive if row.outcome == "ok" and row.end is not None and made.start <= row.end <= made.stop]
     latencies: dict[str, Any] = {name: values(made, alive, name, per_chunk) for name in LATENCIES}
-    latencies["chunk_gap"] = gaps(alive, made.start)
+    latencies["chunk_gap"] = gaps(alive, made.start, made.stop)
     return {
         "load": load,
         "window_s": window,
         "interrupted": made.interrupted,
+        "in_flight": [under_way(made.rows, at) for at in (made.start, made.stop)],
+        "sent": sum(row.sent is not None and made.start <= row.sent <= made.stop for row in made.rows),
         "outcomes": {name: outcomes[name] for name in (*OUTCOMES, UNFINISHED)},
         "ok_share": outcomes["ok"] / ended if ended else None,
         "errors": dict(Counter(row.message for row in alive if row.message).most_common(5)),
         "throughput": {
             "output_tokens_per_second": rate(output, window),
             "output_tokens_per_second_per_gpu": rate(output, window * gpus),
-            "prompt_tokens_per_second": rate(sum(row.prompt_tokens or 0 for row in done), window),
+            "prompt_tokens_per_second": rate(sum(row.prompt_tokens or 0 for row in read), window),
             "requests_per_second": rate(len(done), window),
             "images_per_second": rate(sum(row.images for row in done), window),
         },
@@ -62,23 +67,52 @@ def summarise(made: Measured, load: float, judged: bool) -> dict[str, Any]:
         "latency": {name: quantiles(found) for name, found in latencies.items()},
         "histograms": {name: histogram(found) for name, found in latencies.items()},
         "memory": memory,
-        "ceiling": reached(seen, alive, window, output, memory),
+        "ceiling": reached(seen, read, window, output, memory),
         "client": client(made),
     }
 
 
 def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
-    """What is wrong with a window that begins before the first answers have ended; None where nothing is.
+    """What is wrong with a window that begins before the first answers have ended, or, of an open loop, in which ever
+    more requests are under way; None where nothing is.
 
-    Nothing is where the workload sets each length (`useful` is None): users begin in the middle of their answers.
+    Nothing is in a closed loop where the workload sets each length (`useful` is None), as its users begin in the middle
+    of their answers.
     """
     answer = step["latency"]["end_to_end"]["p50"]
-    if kind != "closed" or not warmup or step["useful"] is None or answer is None or answer <= warmup:
+    if kind != "closed":
+        before, after = step["in_flight"]
+        if after - before <= max(0.05 * step["sent"], 2 * (before + after) ** 0.5):  # by chance, twice its deviation
+            return None
+        return (
+            f"{after} requests were under way at the window's end and {before} at its begin: the load is above what "
+            "the server carries, or the --warmup shorter than its answers; latencies would grow in a longer run"
+        )
+    if not warmup or step["useful"] is None or answer is None or answer <= warmup:
         return None
     return (
         f"an answer takes {answer:.0f} s at the median and the warm-up {warmup:g} s: the users are still in step, and "
         "a longer run would give another tokens/s; choose a --warmup of one answer's time"
     )
+
+
+KNOWN_SHARE = 0.5
+
+
+def known_before(step: dict[str, Any], repeated: float) -> str | None:
+    """What is wrong with images that were to be new, and that the server's cache had; None where nothing is."""
+    hits = step["memory"]["image_hit_ratio"]
+    if repeated or hits is None or hits < KNOWN_SHARE:
+        return None
+    return (
+        f"the server knew {hits:.0%} of the images: an earlier run sent them, as the same --seed draws the same; give "
+        "this one another --seed"
+    )
+
+
+def under_way(rows: list[Row], at: float) -> int:
+    """Requests that were sent and had not ended at a time."""
+    return sum(row.sent is not None and row.sent <= at and (row.end is None or row.end >= at) for row in rows)
 
 
 def rate(amount: float | None, seconds: float) -> float | None:
@@ -130,9 +164,10 @@ def values(made: Measured, alive: list[Row], name: str, per_chunk: float | None)
     return [value for value in found if value is not None]
 
 
-def gaps(rows: list[Row], start: float) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Seconds between two chunks of a stream, of all streams; from the window's start on."""
-    parts = [np.diff(times[times >= start]) for times in (np.frombuffer(row.times) for row in rows if row.chunks > 1)]
+def gaps(rows: list[Row], start: float, stop: float) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """Seconds between two chunks of a stream, of all streams, in the window."""
+    streams = [np.frombuffer(row.times) for row in rows if row.chunks > 1]
+    parts = [np.diff(times[(times >= start) & (times <= stop)]) for times in streams]
     return np.concatenate(parts) if parts else np.empty(0)
 
 
@@ -198,9 +233,10 @@ def mean(samples: list[dict[str, Any]], name: str) -> float | None:
 
 
 def grown(samples: list[dict[str, Any]], name: str) -> float | None:
-    """How much a counter grew from the first sample to the last; None where the server began it again."""
+    """How much a counter grew from sample to sample; one that is lower than before has begun again."""
     found = [sample[name] for sample in samples if name in sample]
-    return found[-1] - found[0] if found and found[-1] >= found[0] else None
+    steps = itertools.pairwise(found)
+    return sum(later - (earlier if later >= earlier else 0.0) for earlier, later in steps) if found else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -256,12 +292,12 @@ def lowest_host(seen: list[dict[str, Any]]) -> float | None:
 
 
 def reached(
-    seen: list[dict[str, Any]], alive: list[Row], window: float, output: float | None, memory: dict[str, Any]
+    seen: list[dict[str, Any]], read: list[Row], window: float, output: float | None, memory: dict[str, Any]
 ) -> dict[str, float | None]:
     """The shares of the ceiling, and decode steps a second: tokens a second over the requests that ran."""
     running, capacity, usage = memory["running_mean"], memory["kv_capacity_tokens"], memory["kv_usage_mean"]
     steps = output / window / running if output is not None and running and window else None
-    prompts = [row for row in alive if row.first is not None and seen and seen[0]["at"] <= row.first]
+    prompts = [row for row in read if seen and seen[0]["at"] <= (row.first or 0.0)]
     if output is None or steps is None or not capacity or usage is None:
         return {"steps_per_second": steps, "mbu": None, "mfu": None}
     cached = grown(seen, "prompt_tokens_cached") or 0.0

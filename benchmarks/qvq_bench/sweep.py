@@ -74,7 +74,7 @@ class Objective:
             failed.append(f"{memory['preemptions']:.0f} preemptions")
             worst = min(worst, 1 / CLOSE**2)
         usage = memory["kv_usage_peak"]
-        if usage is None and self.min_headroom:
+        if self.min_headroom and (usage is None or memory.get("samples_missed", 0) > memory.get("samples", 0)):
             failed.append("KV headroom was not measured")
             worst = 0.0
         elif usage is not None and 1 - usage < self.min_headroom:
@@ -94,7 +94,7 @@ def seconds(item: str, text: str) -> float:
         number = text.removesuffix(unit)
         if number != text:
             try:
-                if (value := float(number) * factor) > 0:
+                if 0 < (value := float(number) * factor) < math.inf:
                     return value
             except ValueError:
                 continue
@@ -209,16 +209,18 @@ async def find_capacity(
         else:
             high = load
         if high is None:  # climb
-            if load >= highest:
-                await level(load, repeats)
+            if load < highest:
+                load = min(rounded(load * factor, whole), highest)
+            elif (await level(load, repeats)).holds:
                 return so_far(list(levels.values()), "highest")
-            load = min(rounded(load * factor, whole), highest)
         elif low is None:  # down from the start
             lower = rounded(load / factor, whole)
-            if lower >= load or lower < start / factor**6:
-                await level(load, repeats)
+            if lower < load and lower >= start / factor**6:
+                load = lower
+            elif not (await level(load, repeats)).holds:
                 return so_far(list(levels.values()), "lowest")
-            load = lower
+            else:
+                high = above(levels, load)
         elif high / low > 1 + tolerance and low < (middle := rounded(math.sqrt(low * high), whole)) < high:
             load = middle
         else:  # both neighbours must stand when they are measured again
@@ -250,7 +252,7 @@ def above(levels: dict[float, Level], load: float) -> float | None:
 
 
 def bound_by(summary: dict[str, Any], verdict: Verdict) -> str:
-    """Which limit the first load above the capacity met: client, KV cache, queue, encoder or compute.
+    """Which limit the first load above the capacity met: client, KV cache, queue, encoder or compute; or unknown.
 
     By evidence, in this order: the client did not keep up; requests were preempted, or waited while the KV cache was
     nearly full; they were refused, or waited while there was room (the limit of sequences); the first token came late
@@ -267,5 +269,5 @@ def bound_by(summary: dict[str, Any], verdict: Verdict) -> str:
     late = [text for text in verdict.failed if text.startswith(("TTFT", "TTFA"))]
     decode = [text for text in verdict.failed if text.startswith(("TPOT", "GAP"))]
     if late and not decode and summary["throughput"]["images_per_second"]:
-        return "encoder"
+        return "encoder" if memory["waiting_mean"] is not None else "unknown"
     return "compute"

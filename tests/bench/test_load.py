@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from qvq_bench.arrivals import due_times
 from qvq_bench.load import Load, Measured, run_load
-from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, grown, histogram, summarise, unsettled
+from qvq_bench.summary import BINS_PER_DECADE, LOWEST_S, grown, histogram, known_before, summarise, unsettled
+from qvq_bench.sweep import Objective
 from qvq_bench.workload import Request, Workload, load_workload
 
 from tests.bench.fake import Plan
@@ -263,4 +264,57 @@ def test_a_request_that_never_begins_counts_by_its_wait() -> None:
 
 
 def test_a_counter_that_began_again_has_not_fallen() -> None:
-    assert grown([{"preemptions": 7.0}, {"preemptions": 2.0}], "preemptions") is None
+    samples = [{"preemptions": value} for value in (3.0, 7.0, 2.0, 5.0)]
+    assert grown(samples, "preemptions") == 4 + 2 + 3
+
+
+def test_a_user_that_is_refused_does_not_ask_again_at_once() -> None:
+    """Eight users against a limit of four made 2,700 refusals in 5 s, and then the client was said to be slow."""
+    made = run(run_load(sender(lambda _: Plan(ending="refuse")), empty_request, Load(1, seconds=3.5, drain=False), "m"))
+    assert [round(row.sent or 0.0, 2) for row in made.rows] == [0, 1, 2, 3]
+
+
+def test_an_open_loops_fault_in_making_a_request_is_not_swallowed_either() -> None:
+    async def broken(index: int) -> Request:
+        if index == 3:
+            raise OSError("an image is gone")
+        return await empty_request(index)
+
+    load = Load(1.0, iter(range(100)), seconds=50.0)
+    with pytest.raises(OSError, match="an image is gone"):
+        run(run_load(sender(lambda _: Plan(first=0.1)), broken, load, "m"))
+
+
+def test_an_open_loop_above_what_the_server_carries_is_unsettled() -> None:
+    def step(seconds: float) -> dict[str, Any]:
+        load = Load(10.0, (at / 10 for at in itertools.count()), seconds=60.0, warmup=20.0)
+        made = run(run_load(sender(lambda _: Plan(first=next(waits) if seconds else 2.0)), empty_request, load, "m"))
+        return summarise(made, 10, judged=True)
+
+    waits = (2.0 + 0.05 * at for at in itertools.count())  # each waits longer than the last
+    assert "requests were under way" in (unsettled(step(1), 20.0, "poisson") or "")
+    assert unsettled(step(0), 20.0, "poisson") is None
+
+
+def test_figures_of_the_server_are_not_told_from_after_the_window() -> None:
+    """With a /metrics that is too slow under load, an idle server's KV cache was the peak."""
+    calls = itertools.count()
+
+    async def watch() -> dict[str, Any]:
+        if next(calls) < 6:
+            raise ConnectionError
+        return {"kv_usage": 0.0, "kv_capacity_tokens": 100, "preemptions": 0.0}
+
+    made = run(run_load(sender(lambda _: Plan(first=0.1)), empty_request, Load(1, seconds=2.9), "m", watch))
+    memory = summarise(made, 1, judged=True)["memory"]
+    assert (memory["kv_usage_peak"], memory["headroom"]["kv_tokens"], memory["samples_missed"]) == (None, None, 6)
+    assert (
+        Objective.parse("ok=0%", min_headroom=0.1).judge(summarise(made, 1, True)).failed[-1].endswith("not measured")
+    )
+
+
+def test_images_that_an_earlier_run_sent_are_said_to_be_known() -> None:
+    """`first-image` was measured with all of its images in the server's cache."""
+    step = {"memory": {"image_hit_ratio": 1.0}}
+    assert "the server knew 100% of the images" in (known_before(step, 0.0) or "")
+    assert known_before(step, 0.875) is None and known_before({"memory": {"image_hit_ratio": None}}, 0.0) is None

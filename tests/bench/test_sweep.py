@@ -82,6 +82,18 @@ def test_one_lucky_measurement_does_not_raise_the_capacity() -> None:
     assert capacity.load == 20
 
 
+@pytest.mark.parametrize(("odd", "lucky", "true"), [(1.0, False, 100), (512.0, True, 480)])
+def test_one_odd_measurement_at_either_end_does_not_end_the_search(odd: float, lucky: bool, true: int) -> None:
+    """One slow first answer was "at least 1 users", and one lucky step at --max-load left 257 to 511 untried."""
+
+    async def measure(load: float, repeat: int) -> Verdict:
+        holds = lucky if load == odd and repeat == 0 else load <= true
+        return Verdict(holds, 1.05 if holds else 0.95, [])
+
+    capacity = run(find_capacity(measure, 1.0 if not lucky else 256.0, 512, whole=True))
+    assert capacity.why == "bracketed" and capacity.load == pytest.approx(true, rel=0.05)
+
+
 def test_a_client_that_does_not_keep_up_ends_the_search() -> None:
     async def measure(load: float, repeat: int) -> Verdict:
         return Verdict(True, 2.0, [], valid=load < 64)
@@ -105,6 +117,7 @@ def test_objectives_are_read_with_their_units() -> None:
         ("ttft_p96=5s", "--slo ttft_p96=5s: unknown objective. Did you mean 'ttft_p9"),
         ("ttft_p95=5", "--slo ttft_p95=5: '5' is no time. Give for example 80ms or 5s."),
         ("ttft_p95=-1s", "is no time"),
+        ("ttft_p95=infs", "is no time"),
         ("ttft_p95", "unknown objective"),
         ("ok=101%", "--slo ok=101%: '101%' is no share"),
         ("ok=", "is no share"),
@@ -134,6 +147,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         ("queue", {"refused": 40}, ["ok 60% < 99%"], True),
         ("queue", {"waiting_mean": 20}, ["TTFT p95 9 s > 5 s"], True),
         ("encoder", {}, ["TTFT p95 9 s > 5 s"], True),
+        ("unknown", {"waiting_mean": None, "kv_usage_peak": None}, ["TTFT p95 9 s > 5 s"], True),
         ("compute", {"images": 0.0}, ["TTFT p95 9 s > 5 s"], True),
         ("compute", {}, ["TPOT p95 200 ms > 80 ms"], True),
     ],
