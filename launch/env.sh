@@ -24,7 +24,11 @@ find_python() {
 }
 
 find_extra() {
-    local extra=${QVQ_EXTRA:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}
+    local cards extra=${QVQ_EXTRA:-}
+    if [ -z "$extra" ]; then  # nvidia-smi fails where one of several cards does
+        cards=$(nvidia-smi -L 2>/dev/null || true)
+        extra=$([[ $'\n'$cards == *$'\n'GPU* ]] && echo gpu || echo cpu)
+    fi
     [ "$extra" = gpu ] || [ "$extra" = cpu ] || fail "QVQ_EXTRA is '$extra', and must be gpu or cpu."
     echo "$extra"
 }
@@ -57,7 +61,8 @@ repair_cpu() {
 # not be fetched is tried again at the next start.
 fetch_kernels() {  # THE ENVIRONMENT'S SUM
     [ "$(cat "$VENV/.kernels" 2>/dev/null)" = "$1" ] && return
-    if "$VENV/bin/vllm" download-kernels >&2; then
+    if "$VENV/bin/python" -c 'import flashinfer_cubin, flashinfer_jit_cache' 2>/dev/null ||
+        PIP_RETRIES=0 "$VENV/bin/vllm" download-kernels >&2; then
         echo "$1" > "$VENV/.kernels"
     else
         echo "$(basename "$0"): FlashInfer's kernels could not be fetched (vllm download-kernels);" \
@@ -78,7 +83,8 @@ make_environment() {  # EXTRA…
         local python
         python=$(find_python) || exit
         echo "$(basename "$0"): making $VENV for $extras; this takes some minutes, once" >&2
-        [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
+        "$VENV/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
+        rm -f "$VENV"/.made-* "$VENV/.kernels"  # of another extra, whose packages are replaced
         install "$extras"
         [ "$extra" = gpu ] || repair_cpu
         echo "$wanted" > "$done_file"

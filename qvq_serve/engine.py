@@ -151,6 +151,9 @@ def command(profile: Profile, *, gpus: int, cpus: list[int] | None = None, queue
     if not gpus and workers > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(workers, cpus or sorted(os.sched_getaffinity(0)))
         reasons["VLLM_CPU_OMP_THREADS_BIND"] = f"{workers} workers share the cores of this CPU"
+    if gpus:
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        reasons["CUDA_DEVICE_ORDER"] = "cards are numbered as the driver numbers them, and as they were checked"
     if gpus and not told_allocator() and expandable_segments(profile):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
         reasons[ALLOCATOR_VARIABLES[0]] = "less of a card is lost to fragments (of an H200 1.1 GB, not 3.4)"
@@ -254,7 +257,7 @@ def run(launch: Command) -> None:
         raise StartError(f"vLLM stopped: {error or type(error).__name__}") from error
 
 
-GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")
+GIVE_WAY = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND", "CUDA_DEVICE_ORDER")
 """Variables of ours that give way to a value set outside."""
 
 

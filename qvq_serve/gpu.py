@@ -90,6 +90,10 @@ def visible_gpus() -> list[Gpu]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return gpus
+    if listed.startswith("MIG-"):
+        raise StartError(
+            f"CUDA_VISIBLE_DEVICES is {listed}: a part of a card (MIG) is not known here; name whole cards."
+        )
     chosen = []
     for name in (part.strip() for part in listed.split(",")):
         found = [gpu for gpu, uuid in zip(gpus, uuids, strict=True) if name == str(gpu.index) or uuid.startswith(name)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qvq_serve.cli import say
-from qvq_serve.errors import EXIT_ENGINE_DIED, EXIT_NODE_LOST, EXIT_START, EXIT_USAGE, StartError, UsageError
+from qvq_serve.errors import EXIT_ENGINE_DIED, EXIT_NODE_LOST, EXIT_START, EXIT_USAGE, StartError
 
 BEAT_S = 2.0
 SILENCE_S = 15.0
@@ -72,7 +72,7 @@ class Node:
     stopping: bool = False
 
     async def run(self) -> int:
-        """Returns the replica's exit code. Raises UsageError where node 0 refuses this node, StartError without it."""
+        """Returns the replica's exit code. Raises StartError without node 0, or where it refuses this node."""
         loop = asyncio.get_running_loop()
         self.verdict: asyncio.Future[tuple[int, str]] = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self.stop, self.rank)
@@ -186,7 +186,8 @@ class Node:
 
     def hear(self, peer: Peer, message: dict[str, Any]) -> None:
         if "refused" in message:
-            self.fail(UsageError(f"node 0 refuses this node: {message['refused']}"))
+            # No slip of this command alone: a supervisor starts it again while the other machine is brought up to date.
+            self.fail(StartError(f"node 0 refuses this node: {message['refused']}"))
         if "go" in message:
             self.start()
         if "stop" in message:

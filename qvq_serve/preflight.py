@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -202,9 +203,27 @@ def check_others(gpu: Gpu, processes: list[tuple[int, int]], utilization: float)
 
 def check_driver(version: str) -> None:
     """A driver that CUDA 13, which vLLM 0.32's wheels are built with, runs on. Raises StartError."""
+    if os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", "").lower() in ("1", "true"):
+        return  # vLLM then loads CUDA's own library for older drivers
     if int(version.split(".")[0]) < LEAST_DRIVER:
         raise StartError(
-            f"the NVIDIA driver is {version}, and CUDA 13 needs {LEAST_DRIVER} or newer; update the driver."
+            f"the NVIDIA driver is {version}, and CUDA 13 needs {LEAST_DRIVER} or newer; update the driver, or, on a "
+            "datacenter card with NVIDIA's cuda-compat, set VLLM_ENABLE_CUDA_COMPATIBILITY=1."
+        )
+
+
+def check_compiler() -> None:
+    """What Triton builds its first kernel's launcher with, once the weights are loaded. Raises StartError."""
+    compiler = os.environ.get("CC")
+    missing = [] if any(map(shutil.which, [compiler] if compiler else ["gcc", "clang"])) else [compiler or "gcc"]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    include = sysconfig.get_path("include", scheme)
+    places = [include, *os.environ.get("CPATH", "").split(":"), *os.environ.get("C_INCLUDE_PATH", "").split(":")]
+    missing += [] if any(os.path.isfile(f"{place}/Python.h") for place in places) else [f"{include}/Python.h"]
+    if missing:
+        raise StartError(
+            f"Triton compiles for the GPU, and there is no {' and no '.join(missing)}; install gcc and Python's "
+            "headers (Debian, Ubuntu: apt install gcc python3-dev)."
         )
 
 
@@ -259,6 +278,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
         yield lambda: check_shared_memory(here, shutil.disk_usage("/dev/shm").free)
     if gpus:
         yield lambda: check_driver(driver_version())
+        yield check_compiler
         if uses_flashinfer(profile):
             yield check_flashinfer
         for gpu in gpus[:here]:

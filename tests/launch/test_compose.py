@@ -74,9 +74,9 @@ def test_the_servers_numbers_are_the_plans() -> None:
     assert server["environment"]["QVQ_DRAIN_TIMEOUT"] == str(plan()["drainSeconds"])
     assert server["stop_grace_period"] == f"{plan()['drainSeconds'] + END_S}s"
     assert server["healthcheck"]["start_period"] == f"{plan()['startupSeconds']}s"
-    assert server["shm_size"] == f"{plan()['shmGiB']}gb"
+    assert server["shm_size"] == f"${{QVQ_SHM:-{plan()['shmGiB']}gb}}"
     resources = server["deploy"]["resources"]
-    assert resources["limits"]["memory"] == f"{plan()['memoryGiB']}gb"
+    assert resources["limits"]["memory"] == f"${{QVQ_MEMORY:-{plan()['memoryGiB']}gb}}"
     (device,) = resources["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": f"${{QVQ_GPUS:-{plan()['gpus']}}}", "capabilities": ["gpu"]}
 

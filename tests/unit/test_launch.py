@@ -62,10 +62,23 @@ def test_the_versions_that_the_locks_pin_are_those_that_pyproject_asks_for() -> 
     assert {"vllm==0.32.0", "torch==2.13.0"} <= set(pins["gpu"])
 
 
+def test_one_faulty_card_does_not_make_a_gpu_server_a_cpu(checkout: Path, tmp_path: Path) -> None:
+    """nvidia-smi then lists the others and fails."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'; echo 'Unable to determine the device handle'; exit 15\n")
+    smi.chmod(0o755)
+    find = f"set -euo pipefail; . {checkout}/launch/env.sh; find_extra"
+    for path, extra in ((f"{smi.parent}:{os.environ['PATH']}", "gpu"), (os.environ["PATH"], "cpu")):
+        environ = {name: value for name, value in os.environ.items() if name != "QVQ_EXTRA"} | {"PATH": path}
+        assert subprocess.run(["bash", "-c", find], capture_output=True, text=True, env=environ).stdout == f"{extra}\n"
+
+
 def test_the_lock_of_a_gpus_environment_has_the_libraries_of_its_torchs_cuda() -> None:
     """It was resolved beside a CPU build of torch, and no GPU machine could install it."""
     lines = (ROOT / "launch" / "constraints-gpu.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins["setuptools"].split(".")[0] == "80"  # vLLM's bound on Python 3.12
     toolkit = pins["cuda-toolkit"].split(".")[:2]
     assert [pins[f"nvidia-{name}"].split(".")[:2] for name in ("cuda-runtime", "cuda-nvrtc", "nvtx")] == [toolkit] * 3
     assert {"triton", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= pins.keys()

@@ -217,7 +217,7 @@ def test_nodes_that_differ_are_told_in_what_and_the_leader_waits_on(tmp_path: Pa
     }
     for name, (rank, settings) in wrong.items():
         node = Started(tmp_path, rank, port, SLEEP, 2, **settings)
-        assert node.process.wait(10) == 2
+        assert node.process.wait(10) == 3
         assert node.said.splitlines()[-1] == f"qvq-serve: node 0 refuses this node: {says[name]}"
         assert says[name] in leader.said
     right = Started(tmp_path, 1, port, SLEEP, 2)

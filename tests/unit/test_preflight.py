@@ -13,6 +13,7 @@ from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import MemoryPlan, plan
 from qvq_serve.model import ModelGeometry
 from qvq_serve.preflight import (
+    check_compiler,
     check_driver,
     check_flashinfer,
     check_gpus,
@@ -131,6 +132,27 @@ def test_an_old_driver_is_refused() -> None:
     with pytest.raises(StartError, match=r"the NVIDIA driver is 535\.104\.05, and CUDA 13 needs 580"):
         check_driver("535.104.05")
     check_driver("580.159.04")
+
+
+def test_an_older_driver_passes_with_cudas_compatibility_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", "1")
+    check_driver("535.104.05")
+
+
+def test_what_triton_compiles_with_is_asked_for_before_the_weights_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StartError, match="there is no gcc"):
+        check_compiler()
+    (tmp_path / "clang").touch(mode=0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    with pytest.raises(StartError, match=r"there is no \S+/Python\.h; install gcc and Python's headers"):
+        check_compiler()
+    (tmp_path / "Python.h").touch()
+    check_compiler()
+    assert check_compiler in list(machine_checks(with_gpus(Profile()), [H100]))
 
 
 def test_flashinfer_without_its_kernels_and_without_a_compiler_is_refused(
