@@ -55,12 +55,15 @@ class Api:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called once the engine is up and before requests are taken."""
+        import torch
+
         from qvq_serve.api import about, lifecycle, memory, scrape
         from qvq_serve.engine import launched_profile
         from qvq_serve.gpu import visible_gpus
         from qvq_serve.hooks import chain
         from qvq_serve.profile import local_workers
 
+        torch.set_num_threads(1)  # of this process, which serves: a loop is looked for between streams
         state.qvq_chain = chain.launched()
         profile = launched_profile()
         if profile.governor != "off":

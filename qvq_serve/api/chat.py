@@ -111,6 +111,8 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
         if isinstance(made, ErrorResponse):
             if made.error.code >= 500:
                 metrics.ANSWERS.labels("error").inc(request.n or 1)
+            elif (task := asyncio.current_task()) and task.cancelling():  # vLLM made a 400 of it
+                metrics.ANSWERS.labels("cancelled").inc(request.n or 1)
             return JSONResponse(made.model_dump(), made.error.code)
         if isinstance(made, ChatCompletionResponse):
             headers = metrics_header(raw_request.headers.get("endpoint-load-metrics-format", ""))

@@ -3,13 +3,17 @@
 import json
 from typing import Any
 
+import msgspec
+
 from qvq_serve.errors import nearest
 from qvq_serve.hooks import Refuse, content_parts
+from qvq_serve.hooks.request import most_tokens
 from qvq_serve.profile import Profile
 
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "verbosity", "modalities", "prediction", "web_search_options", "function_call", "functions", "reasoning",
+    "verbosity", "modalities", "audio", "moderation", "prompt_cache_options", "prediction", "web_search_options",
+    "function_call", "functions", "reasoning",
 })  # fmt: skip
 """Fields of OpenAI's that clients send by themselves; vLLM ignores them, and so do we."""
 AS_IT_IS = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False, "return_hidden_states": False}
@@ -30,7 +34,9 @@ REFUSED = {
 """Fields that are refused where they say anything, with the reason."""
 # vLLM 0.32's V2 runner holds so many, and dies of more: v1/worker/gpu/sample/logit_bias.py. One stop id is the model's.
 MOST_LOGIT_BIAS, MOST_ALLOWED_TOKENS, MOST_STOP_IDS = 1024, 1024, 120
-MOST_BAD_WORDS, MOST_STOP_CHARACTERS = 64, 256
+MOST_BAD_WORDS, MOST_BAD_BYTES, MOST_STOP_CHARACTERS = 64, 1024, 256
+MOST_LOGPROBS, MOST_HELD_LOGPROBS = 20, 50_000
+"""vLLM writes those of a whole answer in one go, some 60 us each, and no stream or probe is served meanwhile."""
 MOST_GRAMMAR_CHARACTERS = 50_000
 MOST_LOOP_PATTERN = 128
 MOST_MESSAGES, MOST_PARTS = 512, 1024
@@ -40,18 +46,27 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PARTS = ("text", "image_url")
 REFUSED_LATER = ("video_url", "audio_url")
 """With a reason of their own."""
-TEXTS = ("stop", "bad_words", "chat_template_kwargs")
 
 
 def check_body(body: dict[str, Any]) -> None:
     """Bounds of a body as it came, before vLLM's own model reads it, lazily and at length. Raises ValueError."""
-    for name in TEXTS:
-        try:
-            json.dumps(body.get(name), ensure_ascii=False).encode()
+    for name, value in body.items():
+        if name == "messages":
+            continue
+        try:  # as vLLM hands it to the engine, where a place would be lost
+            msgspec.msgpack.encode(value)
         except UnicodeEncodeError:
             raise ValueError(f"{name} has half of a surrogate pair, which is no character") from None
+        except OverflowError:
+            raise ValueError(f"{name} has a number of more than 64 bits") from None
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply") from None
     parts, messages = 0, body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        for key in (
+            [key for key in message if message[key] is None and key != "content"] if isinstance(message, dict) else ()
+        ):
+            del message[key]  # as clients send what they do not set
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, list):
             continue
@@ -73,12 +88,15 @@ def check_body(body: dict[str, Any]) -> None:
 def check(request: Any, profile: Profile) -> None:
     """Raises Refuse, naming the field, the value and what would do; drops what is not the client's to set."""
     for name, value in (request.model_extra or {}).items():
+        if value is None:
+            continue
         if name in AS_IT_IS and value is not AS_IT_IS[name]:
             raise Refuse(f"the field '{name}' is {json.dumps(value)}; here it can only be {json.dumps(AS_IT_IS[name])}")
         if name not in IGNORED and name not in AS_IT_IS:
             raise Refuse(f"the field '{name}' is not known here.{nearest(name, known(request))}")
     for name, reason in REFUSED.items():
-        if getattr(request, name, None):
+        value = getattr(request, name, None)
+        if value or type(value) is int:  # 0 prompt_logprobs are computed too
             raise Refuse(f"the field '{name}' is not taken: {reason}")
     for message in request.messages:
         if message["role"] not in ROLES:
@@ -107,14 +125,23 @@ def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
     """(what, how much of it, the most) of a request."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     loop = request.repetition_detection
+    likely = max(request.top_logprobs or 0, len(request.logprob_token_ids or ()), 1) if request.logprobs else 0
+    held = 0 if request.stream else likely * (request.n or 1) * most_tokens(request, profile)
     return [
         ("n", request.n or 1, min(profile.max_choices, profile.max_queued_requests or profile.max_choices)),
         ("the number of messages", len(request.messages), MOST_MESSAGES),
         ("the length of logit_bias", len(request.logit_bias or ()), MOST_LOGIT_BIAS),
         ("the length of allowed_token_ids", len(request.allowed_token_ids or ()), MOST_ALLOWED_TOKENS),
         ("the length of stop_token_ids", len(request.stop_token_ids or ()), MOST_STOP_IDS),
-        ("the length of logprob_token_ids", len(request.logprob_token_ids or ()), MOST_ALLOWED_TOKENS),
+        ("the length of logprob_token_ids", len(request.logprob_token_ids or ()), MOST_LOGPROBS),
+        ("n x max_tokens x top_logprobs of a request that is not streamed", held, MOST_HELD_LOGPROBS),
         ("the length of bad_words", len(request.bad_words or ()), MOST_BAD_WORDS),
+        # vLLM holds each with a space before it and without; a token has a byte or more.
+        (
+            "the bytes of all bad_words",
+            sum(2 * len(word.encode()) + 1 for word in request.bad_words or ()),
+            MOST_BAD_BYTES,
+        ),
         ("the length of a stop string", max(map(len, stops), default=0), MOST_STOP_CHARACTERS),
         ("the length of a bad word", max(map(len, request.bad_words or ()), default=0), MOST_STOP_CHARACTERS),
         ("thinking_token_budget", request.thinking_token_budget or 0, MOST_INT),

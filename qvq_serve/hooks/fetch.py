@@ -7,14 +7,17 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 MOST_REDIRECTS = 5
 CHUNK_BYTES = 1 << 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+OLD_FORMS = [ipaddress.ip_network(name) for name in ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48")]
+"""Of IPv4 addresses in IPv6, which Python takes for the internet's: compatible, translated, local NAT64."""
 
 
 class FetchError(ValueError):
@@ -31,6 +34,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local or any(ip in network for network in OLD_FORMS):
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -53,26 +58,29 @@ class PublicResolver(AbstractResolver):
         await self.system.close()
 
 
-def check_address(url: str, allowed: frozenset[str]) -> None:
-    """Raises FetchError for a scheme, a host or a literal address that is not to be reached."""
+def checked(url: str, allowed: frozenset[str]) -> URL:
+    """The address as aiohttp reads it, to which digits of any script are digits.
+
+    Raises FetchError for a scheme, a host or a literal address that is not to be reached.
+    """
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        _ = parts.port
+        address = URL(url)
+        host = address.raw_host or ""
     except ValueError as error:
         raise FetchError(f"has no valid address: {error}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise FetchError(f"has the scheme '{parts.scheme}'; https:, http: and data: are read")
-    if parts.username is not None:
+    if address.scheme not in ("http", "https") or not host:
+        raise FetchError(f"has the scheme '{address.scheme}'; https:, http: and data: are read")
+    if address.user is not None:
         raise FetchError("has a user name in its address, which is not sent")
     if allowed and host not in allowed:
         raise FetchError(f"is on {host}; this server reads from {', '.join(sorted(allowed))}")
     try:
         public = is_public(host)
     except ValueError:
-        return  # a name: the resolver looks at its addresses
+        return address  # a name: the resolver looks at its addresses
     if not public and host not in allowed:
         raise FetchError(f"leads to {host}, which is not on the public internet")
+    return address
 
 
 async def fetch(url: str, *, allowed: frozenset[str], most_bytes: int) -> bytes:
@@ -84,8 +92,7 @@ async def fetch(url: str, *, allowed: frozenset[str], most_bytes: int) -> bytes:
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(**options), trust_env=False) as session:
             for _ in range(MOST_REDIRECTS + 1):
-                check_address(url, allowed)
-                async with session.get(url, allow_redirects=False) as answer:
+                async with session.get(checked(url, allowed), allow_redirects=False) as answer:
                     if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
                         url = urljoin(url, answer.headers["Location"])
                         continue

@@ -6,6 +6,7 @@ import binascii
 import io
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -107,7 +108,9 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         if (wanted.least, wanted.most) != (profile.min_visual_tokens, profile.max_visual_tokens):
             # A plain image: vLLM would know one with its bytes again, and serve it in another request's size.
             pixels = getattr(image, "media", image)
-            image = await asyncio.to_thread(pixels.resize, (new_width, new_height), Image.Resampling.BICUBIC)
+            resize = partial(pixels.resize, (new_width, new_height), Image.Resampling.BICUBIC)
+            # Not asyncio's own threads, where the lookup of a name can wait for long.
+            image = await asyncio.get_running_loop().run_in_executor(global_thread_pool, resize)
             metrics.IMAGES.labels("resized").inc()
         else:
             metrics.IMAGES.labels("taken").inc()
@@ -154,6 +157,8 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         raise MediaError("audio is not supported: QVQ takes images only")
 
 
+MOST_SCANS = 64
+"""Of a JPEG; cameras and programs write ten or so. Each is decoded over the whole image, in a thread that all share."""
 Image.init()
 FORMATS = [
     name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
@@ -183,15 +188,18 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
                 width, height = image.size
                 mode = image.mode
                 clear = mode == "RGB" and "transparency" in image.info
+                scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
         except UnidentifiedImageError:
             raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:
         raise FetchError(f"has {width}x{height} px, above the {most_pixels} that this server decodes")
+    if scans > MOST_SCANS:
+        raise FetchError(f"has {scans} scans, above the {MOST_SCANS} that this server decodes; save it anew")
     if mode.startswith("I") or mode == "F":  # Pillow cuts these off at 255: a white picture
         raise FetchError(f"has the mode {mode}, more than 8 bits a channel; save it with 8")
     if clear:  # a colour that stands for nothing: vLLM lays all other kinds of transparency on white
         with Image.open(io.BytesIO(content)) as image, io.BytesIO() as changed:
-            image.convert("RGBA").save(changed, "PNG", compress_level=1)
+            image.convert("RGBA").save(changed, "PNG", compress_level=1, exif=image.getexif())
             content = changed.getvalue()
     return media.load_bytes(content)
 

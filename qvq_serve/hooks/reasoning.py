@@ -19,7 +19,7 @@ from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
 from qvq_serve.hooks.governing import GOVERNED, Act, act
 from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
-from qvq_serve.hooks.request import most_tokens
+from qvq_serve.hooks.request import is_answering, most_tokens
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
 PARSERS = "qvq_parsers"
@@ -70,6 +70,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         if context := self.context:
             context.state.setdefault(PARSERS, []).append(self)
             self.streaming = STREAMING in context.state
+            self.answering = is_answering(context.request)  # vLLM shows the prompt to the first choice's alone
 
     def clear(self) -> None:
         """Ready for the text of another choice."""

@@ -59,6 +59,12 @@ def joined(a: Any, b: Any) -> Any:
     return [part for one in (a, b) for part in ([{"type": "text", "text": one}] if isinstance(one, str) else one)]
 
 
+def url_of(part: dict[str, Any]) -> Any:
+    """The address of a message's image, which is an object or a text."""
+    image = part["image_url"]
+    return image.get("url") if isinstance(image, dict) else image
+
+
 class Guard(Hook):
     """Refuses a prompt, and stops a reasoning or an answer, that the guard model calls unsafe."""
 
@@ -113,20 +119,24 @@ class Guard(Hook):
         if found := await self.check(context, part, {"role": "assistant", "content": text}):
             raise Stop(guard={"part": part, "verdict": found.verdict, "categories": list(found.categories)})
 
-    def conversation(self, context: Context, model: str) -> list[dict[str, Any]]:
+    def conversation(self, context: Context, model: str, *more: dict[str, Any]) -> list[dict[str, Any]]:
         """The request's turns, their images only where the guard sees them.
 
         What is not the model's own is a user's, a system message too: the client wrote it. Guards want turns that
-        alternate.
+        alternate, a user's first. Raises Refuse for an image that the guard would fetch by itself, from wherever.
         """
         images = bool(SEES_IMAGES.search(model))
         turns: list[dict[str, Any]] = []
-        for message in context.request.messages:
+        for message in (*context.request.messages, *more):
             content = message.get("content") or ""
             if isinstance(content, list):
                 parts = [part for part in content if part.get("type") == "text" or (images and "image_url" in part)]
                 content = parts if images else "\n".join(part["text"] for part in parts)
+                if images and not all(str(url_of(part)).startswith("data:") for part in parts if "image_url" in part):
+                    raise Refuse("the server's guard sees images, which must come as data: URLs", 400)
             role = "assistant" if message["role"] == "assistant" else "user"
+            if role == "assistant" and not turns:
+                turns.append({"role": "user", "content": ""})
             if content and turns and turns[-1]["role"] == role:
                 turns[-1]["content"] = joined(turns[-1]["content"], content)
             elif content:
@@ -150,7 +160,7 @@ class Guard(Hook):
         try:
             async with asyncio.timeout(self.profile.guard_timeout):  # httpx's is of each phase
                 model = await self.model_name()
-                messages: Any = [*self.conversation(context, model), *turns]
+                messages: Any = self.conversation(context, model, *turns)
                 made = await self.client.chat.completions.create(model=model, messages=messages, **options)
             text = made.choices[0].message.content or ""
             found, reason = parse_verdict(text), f"said {text[:80]!r}"

@@ -74,6 +74,17 @@ def test_an_image_of_more_than_eight_bits_is_refused(server: Server, mode: str) 
     assert f"has the mode {mode}, more than 8 bits a channel" in refused(server, inline(content.getvalue()), "What?")
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(server: Server) -> None:
+    """A thread that all images share worked on one for minutes, past --image-timeout."""
+    buffer = io.BytesIO()
+    photo(64, 64).save(buffer, "JPEG", progressive=True)
+    scan = buffer.getvalue().rsplit(b"\xff\xda", 1)[1].removesuffix(b"\xff\xd9")
+    many = buffer.getvalue().removesuffix(b"\xff\xd9") + (b"\xff\xda" + scan) * 1000 + b"\xff\xd9"
+    refused = server.chat(user(inline(many, "image/jpeg"), "What?"))
+    assert refused.status_code == 400
+    assert "scans, above the 64 that this server decodes" in refused.json()["error"]["message"]
+
+
 def test_an_icon_is_refused_before_it_is_decoded(server: Server) -> None:
     content = io.BytesIO()
     photo(64, 64).save(content, "ICO")
@@ -92,7 +103,7 @@ UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
         ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
         ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
         ({"thinking_token_budget": 2**70}, "thinking_token_budget"),
-        ({"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}}, "min_count"),
+        ({"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}}, "repetition_detection has a number"),
         ({"bad_words": ["word " * 100]}, "the length of a bad word is 500; this server takes at most 256"),
         ({"chat_template_kwargs": {"system_prompt": "Past the guard."}}, "chat_template_kwargs.system_prompt is the"),
         ({"messages": [{"role": "User", "content": "Hi"}]}, "the role 'User' is not known"),

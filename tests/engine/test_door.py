@@ -107,6 +107,10 @@ BODIES: list[tuple[dict[str, Any], str]] = [
     ({"allowed_token_ids": list(range(1_025))}, "the length of allowed_token_ids is 1025"),
     ({"stop_token_ids": list(range(121)), "min_tokens": 1}, "the length of stop_token_ids is 121"),
     ({"bad_words": ["a"] * 65}, "the length of bad_words is 65"),
+    ({"bad_words": ["1" * 250] * 3}, "the bytes of all bad_words is 1503"),
+    ({"prompt_logprobs": 0}, "the field 'prompt_logprobs' is not taken"),
+    ({"logprobs": True, "logprob_token_ids": list(range(21))}, "the length of logprob_token_ids is 21"),
+    ({"logprobs": True, "top_logprobs": 20, "n": 8}, "n x max_tokens x top_logprobs of a request that is not streamed"),
     ({"stop": ["x"] * 17}, "List should have at most 4 items"),
     ({"stop": ["x" * 257]}, "the length of a stop string is 257"),
     ({"use_beam_search": True}, "the field 'use_beam_search' is not taken"),
@@ -133,7 +137,16 @@ def test_what_could_stall_or_kill_the_engine_is_refused_by_name(
 def test_fields_that_clients_send_by_themselves_and_those_that_are_not_theirs_do_no_harm(server: Server) -> None:
     image = {"type": "image_url", "image_url": {"url": data_url(photo(64, 64))}, "uuid": "somebody-elses"}
     message = {"role": "user", "content": [image, {"type": "text", "text": "What?"}]}
-    mine = {"user": "me", "metadata": {"a": "b"}, "store": False, "priority": -100, "session_id": "s"}
+    mine = {
+        "user": "me",
+        "audio": None,
+        "best_of": None,
+        "thinking": None,
+        "metadata": {"a": "b"},
+        "store": False,
+        "priority": -100,
+        "session_id": "s",
+    }
     assert post(server, messages=[message], **mine).status_code == 200
     by_the_router = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False}
     assert post(server, messages=[message], **by_the_router, return_hidden_states=False).status_code == 200

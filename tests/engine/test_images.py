@@ -64,6 +64,15 @@ def test_an_image_is_turned_as_its_camera_was_held(server: Server) -> None:
     assert asked(server, lying) == asked(server, encoded(upright, "PNG"))
 
 
+def test_an_image_with_a_clear_colour_is_turned_too(server: Server) -> None:
+    """Its orientation was lost as the colour was made white."""
+    image, held = photo(672, 448), Image.Exif()
+    held[274] = 6
+    options = {"transparency": (1, 2, 3), "exif": held}
+    turned, plain = (asked(server, encoded(image, "PNG", **more)) for more in (options, {"exif": held}))
+    assert turned == plain
+
+
 def test_what_is_transparent_is_white(server: Server) -> None:
     clear = photo(448, 448).convert("RGBA")
     alpha = np.zeros((448, 448), dtype=np.uint8)

@@ -55,7 +55,8 @@ def why_not(url: str, allowed: frozenset[str] = LOCAL, most_bytes: int = 1000) -
     "address",
     ["127.0.0.1", "127.9.9.9", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
      "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-     "2002:7f00:1::", "ff02::1", "198.18.0.1", "192.0.2.1"],
+     "2002:7f00:1::", "ff02::1", "198.18.0.1", "192.0.2.1", "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1",
+     "fec0::1"],
 )  # fmt: skip
 def test_addresses_that_are_not_the_internets_are_known_in_every_spelling(address: str) -> None:
     assert not is_public(address)
@@ -67,7 +68,21 @@ def test_addresses_of_the_internet_are_public(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "[::1]", "[::ffff:127.0.0.1]", "0"]
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "2130706433",
+        "0x7f.1",
+        "127.1",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "0",
+        "①②⑦.⓪.⓪.①",
+        "１２７.0.0.1",
+        "127。0。0。1",
+        "127.0.0.1.",
+    ],
 )
 def test_no_spelling_of_this_machine_is_fetched(web: str, host: str) -> None:
     port = web.rsplit(":", 1)[1]

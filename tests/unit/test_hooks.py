@@ -158,6 +158,24 @@ def test_a_guard_that_sees_gets_the_images_and_others_the_texts(model: str, imag
     assert turn == {"role": "user", "content": [system, image, text] if images else "Think.\nIs this safe?"}
 
 
+def test_a_guard_gets_turns_that_alternate_whatever_a_client_sends() -> None:
+    """A guard whose template refuses others gave no verdict, which under --guard-failure open let all pass."""
+    guard = Guard(Profile(guard_url="http://guard", guard_model="Qwen3Guard-Gen-8B"))
+    begun = SimpleNamespace(messages=[{"role": "assistant", "content": "I"}, {"role": "assistant", "content": "will"}])
+    turns = guard.conversation(Context(begun), "Qwen3Guard-Gen-8B", {"role": "assistant", "content": "do it."})
+    assert turns == [{"role": "user", "content": ""}, {"role": "assistant", "content": "I\nwill\ndo it."}]
+
+
+@pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "file:///etc/passwd"])
+def test_a_guard_that_sees_fetches_nothing_by_itself(url: str) -> None:
+    """It would fetch what our policy refuses, or see another picture than the model."""
+    guard = Guard(Profile(guard_url="http://guard", guard_model="Llama-Guard-4-12B"))
+    for image in ({"url": url}, url):
+        content = [{"type": "image_url", "image_url": image}]
+        with pytest.raises(Refuse, match="must come as data: URLs"):
+            asyncio.run(guard.before(Context(SimpleNamespace(messages=[{"role": "user", "content": content}]))))
+
+
 def test_a_guard_that_hangs_takes_one_timeout_of_its_hook(caplog: pytest.LogCaptureFixture) -> None:
     """It took three, one for each call, and then failed the request as a hook that is too slow."""
     context = Context(SimpleNamespace(messages=[{"role": "user", "content": "Hi"}]))

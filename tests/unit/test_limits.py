@@ -14,6 +14,13 @@ def body(*parts: Any, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts)}], **more}
 
 
+def deep(levels: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(levels):
+        inner = [inner]
+    return inner
+
+
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
@@ -26,6 +33,9 @@ def body(*parts: Any, **more: Any) -> dict[str, Any]:
         (body(stop=["\ud800"]), "stop has half of a surrogate pair"),
         (body(bad_words=["\ud800"]), "bad_words has half"),
         (body(chat_template_kwargs={"\ud800": 1}), "chat_template_kwargs has half"),
+        (body(chat_template_kwargs={"x": 10**30}), "chat_template_kwargs has a number of more than 64 bits"),
+        (body(top_k=10**30), "top_k has a number of more than 64 bits"),
+        (body(chat_template_kwargs={"x": deep(2000)}), "chat_template_kwargs is nested too deeply"),
     ],
 )
 def test_what_no_client_may_send_is_named(sent: dict[str, Any], message: str) -> None:
@@ -38,6 +48,9 @@ def test_ordinary_bodies_pass() -> None:
     image = {"type": "image_url", "image_url": {"url": "x"}}
     for sent in (body({"type": "text", "text": "a"}, image), body({"text": "a"}), {"messages": "no list"}, {}):
         check_body(sent)
+    unset = {"messages": [{"role": "user", "content": None, "name": None}]}
+    check_body(unset)
+    assert unset["messages"] == [{"role": "user", "content": None}]
 
 
 def test_a_file_of_keys_that_is_no_text_leaves_the_keys_as_they_are(tmp_path: Path) -> None:
