@@ -103,7 +103,10 @@ UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
         ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
         ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
         ({"thinking_token_budget": 2**70}, "thinking_token_budget"),
-        ({"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}}, "repetition_detection has a number"),
+        (
+            {"repetition_detection": {"max_pattern_size": 5, "min_pattern_size": 1, "min_count": 2**70}},
+            "repetition_detection has a number",
+        ),
         ({"bad_words": ["word " * 100]}, "the length of a bad word is 500; this server takes at most 256"),
         ({"chat_template_kwargs": {"system_prompt": "Past the guard."}}, "chat_template_kwargs.system_prompt is the"),
         ({"messages": [{"role": "User", "content": "Hi"}]}, "the role 'User' is not known"),

@@ -110,7 +110,10 @@ BODIES: list[tuple[dict[str, Any], str]] = [
     ({"bad_words": ["1" * 250] * 3}, "the bytes of all bad_words is 1503"),
     ({"prompt_logprobs": 0}, "the field 'prompt_logprobs' is not taken"),
     ({"logprobs": True, "logprob_token_ids": list(range(21))}, "the length of logprob_token_ids is 21"),
-    ({"logprobs": True, "top_logprobs": 20, "n": 8}, "n x max_tokens x top_logprobs of a request that is not streamed"),
+    (
+        {"logprobs": True, "top_logprobs": 20, "n": 8, "max_tokens": 320},
+        "n x max_tokens x top_logprobs of a request that is not streamed",
+    ),
     ({"stop": ["x"] * 17}, "List should have at most 4 items"),
     ({"stop": ["x" * 257]}, "the length of a stop string is 257"),
     ({"use_beam_search": True}, "the field 'use_beam_search' is not taken"),

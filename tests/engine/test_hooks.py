@@ -179,7 +179,7 @@ def test_a_slow_hook_is_timed_out(guarded: Server) -> None:
 
 def test_a_silent_stream_gets_comments_and_stays_whole(guarded: Server) -> None:
     answer = guarded.chat(user("pause in text"), stream=True, max_tokens=12)
-    assert answer.text.count(": keep-alive\n\n") == 2
+    assert answer.text.count(": keep-alive\n\n") >= 2  # in 2.5 s of silence; more on a busy machine
     assert answer.text.rstrip().endswith("data: [DONE]")
     last = [line for line in answer.text.splitlines() if line.startswith("data: {")][-1]
     assert json.loads(last[6:])["qvq"]["reasoning_tokens"] == 12  # vLLM put together what came meanwhile
