@@ -54,7 +54,7 @@ async def measure(
             if len(found) < len(block):  # Ctrl-C, which ask_all takes for its end
                 raise KeyboardInterrupt
             judge(found, block)
-            judged[name] += found
+            judged[name] += found.values()
         yield {name: summarise(judged[name], seconds[name]) for name in names}
 
 
