@@ -72,6 +72,13 @@ def until_nobody_is_in_flight() -> None:
     assert lifecycle.STATE.in_flight == 0
 
 
+def until_logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """A request's line comes after its place is free."""
+    deadline = time.monotonic() + 20
+    while text not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def stalled() -> float:
     return float(metrics.REJECTED.labels("stalled")._value.get())
 
@@ -143,7 +150,7 @@ def test_a_client_that_goes_away_is_logged_as_that(port: int, caplog: pytest.Log
         with connected(port, "Content-Length: 0", "X-Request-Id: stayed", "Connection: close") as client:
             while client.recv(len(PIECE)):
                 pass
-        until_nobody_is_in_flight()
+        until_logged(caplog, "stayed")
     logged = {record.request_id: record.status for record in caplog.records if hasattr(record, "request_id")}
     assert logged == {"began": 499, "stood": 499, "went": 499, "stayed": 200}
     assert len(lifecycle.STATE.finished) == 1
@@ -152,9 +159,7 @@ def test_a_client_that_goes_away_is_logged_as_that(port: int, caplog: pytest.Log
 def test_a_path_cannot_write_lines_of_the_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vllm.qvq_serve"):
         httpx.get(f"http://127.0.0.1:{port}/x%0AINFO%20forged%1b%5B2K")
-        deadline = time.monotonic() + 20
-        while "forged" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until_logged(caplog, "forged")
     [line] = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
     assert line.startswith("GET /x%0AINFO%20forged%1B%5B2K 404 in ")
 
