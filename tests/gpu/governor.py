@@ -22,6 +22,8 @@ from benchmarks.startup import machine
 from tests.governor.served import FLAGS, NO_ENDS, asking, cases
 from tests.gpu.over_long_lists import start
 
+SMALL = ["--kv-cache-memory-bytes", "600000000", "--max-num-batched-tokens", "512", "--max-num-seqs", "64"]
+"""Of vLLM: so little that 40 requests are preempted and a prompt is read in chunks."""
 HAN = 28029
 """图 in Qwen's vocabulary."""
 BATCHES = (1, 64)
@@ -71,14 +73,14 @@ def main() -> None:
     out, cost_out, port, model, *more = sys.argv[1:]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "qvq_serve", "--model", model, "--port", port, "--max-model-len", "8192", *FLAGS]
-    process = start([*command, "--", *more], url, Path(tempfile.mkdtemp()) / "server.log")
+    process = start([*command, "--", *SMALL, *more], url, Path(tempfile.mkdtemp()) / "server.log")
     rows: list[dict[str, Any]] = []
     for case, held, seen in cases(asking(url), url, None, HAN):
         rows.append({"case": case, "held": held, "seen": seen, "date": datetime.date.today().isoformat()})
         print(rows[-1], flush=True)
         Path(out).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     found = {"command": "python -m tests.gpu.governor", "machine": machine(), "tokens": TOKENS, "rounds": ROUNDS,
-             "arguments": more, "rows": cost(url)}  # fmt: skip
+             "arguments": [*SMALL, *more], "rows": cost(url)}  # fmt: skip
     Path(cost_out).write_text(json.dumps(found, indent=1) + "\n")
     process.terminate()
     print("exit code after SIGTERM", process.wait(60))
