@@ -18,7 +18,7 @@ from qvq_serve.engine import PARSER, launched_profile
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
 from qvq_serve.hooks.governing import GOVERNED, Act, act
-from qvq_serve.hooks.markers import ENDED, LEAD, MARKERS, MAYBE_LEAD
+from qvq_serve.hooks.markers import COLONS, ENDED, LEAD, MARKERS, MAYBE_LEAD
 from qvq_serve.hooks.request import is_answering, most_tokens
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
@@ -31,9 +31,10 @@ STREAMING = "qvq_streaming"
 CONFIG = ParserEngineConfig(
     name=PARSER,
     initial_state=ParserState.REASONING,
-    terminals={"THINK_END": MARKERS},
+    terminals={"THINK_END": tuple(marker for marker in MARKERS if marker not in COLONS), "COLON": COLONS},
     transitions={
         (ParserState.REASONING, "THINK_END"): Transition(ParserState.CONTENT, (EventType.REASONING_END,)),
+        (ParserState.REASONING, "COLON"): Transition(ParserState.CONTENT),  # so that the two can be told apart
     },
 )
 """vLLM's description of a format: reasoning, a marker, and the answer. A thinking budget writes the first marker."""
@@ -82,6 +83,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         """Tokens before the marker, once it was found."""
         self.marked = False
         self.lead: str | None = None
+        self.closing = False
+        """Whether the marker may have a closing ** in the lead."""
 
     @property
     def reasoning_start_str(self) -> str:
@@ -151,6 +154,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             if event.type is EventType.REASONING_CHUNK:
                 self.raw += event.value
                 self.space += event.value
+            elif event.type is EventType.REASONING_END:
+                self.closing = True
             elif event.type is EventType.TEXT_CHUNK:
                 if not self.marked:
                     self.marked, self.lead = True, ""
@@ -162,7 +167,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             sent = self.space.rstrip()
             self.space = self.space[len(sent) :]
         if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
-            answer, self.lead = LEAD.sub("", self.lead, count=1), None
+            answer, self.lead = LEAD.sub("", self.lead, count=1) if self.closing else self.lead.lstrip(), None
         if last and not (self.sent["content"] or answer):
             answer, self.marked = conclusion(self.raw), False
         self.sent["reasoning"] += sent

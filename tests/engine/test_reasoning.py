@@ -72,6 +72,8 @@ def test_the_first_marker_wins_and_an_answer_keeps_its_own_bold() -> None:
     assert apart("A.\n\n**Final Answer**\n\n**42** it is.\n\n**Final Answer**\n\n7") == (
         "A.", "**42** it is.\n\n**Final Answer**\n\n7"
     )  # fmt: skip
+    assert apart("A.\n\n最终答案：**42** 度") == ("A.", "**42** 度")
+    assert apart("A.\n\n**最终答案：** **42** 度") == ("A.", "**42** 度")
     assert apart("为了得到最终答案，我们先看图。\n\n**最终答案**\n\n五") == ("为了得到最终答案，我们先看图。", "五")
 
 
