@@ -25,6 +25,7 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
+from benchmarks.qvq_bench.compare import STUDENT_95
 from benchmarks.startup import QVQ_SERVE, machine, wait_until_up
 
 USERS, REQUESTS, TOKENS = 16, 96, 64
@@ -99,11 +100,12 @@ def main() -> None:
         for server in servers.values():
             server.wait(60)
     logs = [math.log(row["ours"] / row["bare"]) for row in rows]
-    half = 2.262 * statistics.stdev(logs) / math.sqrt(len(logs))  # Student's t for ten rounds
+    t = STUDENT_95[min(len(logs) - 1, len(STUDENT_95)) - 1]
+    half = t * statistics.stdev(logs) / math.sqrt(len(logs))
     mean = statistics.mean(logs)
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.stack_ratio RESULT.json",
+        "command": f"python -m benchmarks.stack_ratio RESULT.json {rounds}",
         "machine": machine(),
         "bare": shlex.join(["vllm", "serve", "DEMO", *commands["bare"][5:]]),
         "ratio": round(math.exp(mean), 4),

@@ -30,6 +30,7 @@ what=$1; shift
 case $what in
     start)
         side=$1 out=$2; shift 2
+        ! curl -s "$URL/health" > /dev/null || { echo "versus_vllm.sh: something serves $URL already" >&2; exit 1; }
         mkdir -p "$out"
         case $side in
             plain) command=(env VLLM_PLUGINS= python3 -m vllm.entrypoints.launchers.api_server.entry) ;;

@@ -8,9 +8,11 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 LETTERS = "ABCDEFGHIJ"
-LETTER = re.compile(r"\(?([A-J])\)?(?:[.:)\s]|$)")
+LETTER = re.compile(r"\(?([A-J])\)?(?:[.:)]|$)")
+"""Alone, or before a mark: not the article of "A square", nor the first of "A and C"."""
 
 
 def exact(answer: str, expected: str) -> bool:
@@ -19,23 +21,25 @@ def exact(answer: str, expected: str) -> bool:
 
 
 def letter(answer: str, options: Sequence[str]) -> str | None:
-    """The option that an answer names, by its letter or by its text; None where it names none."""
+    """The option that an answer names, by its letter, its text or both; None where it names none."""
     if (found := LETTER.match(answer.strip())) and LETTERS.index(found[1]) < len(options):
         return found[1]
     texts = [" ".join(option.lower().split()) for option in options]
     said = " ".join(answer.lower().split()).strip("$. ")
-    return LETTERS[texts.index(said)] if texts.count(said) == 1 else None
+    named = [f"{name.lower()} {text}" for name, text in zip(LETTERS, texts, strict=False)]
+    found_at = [at for at, pair in enumerate(zip(texts, named, strict=True)) if said in pair]
+    return LETTERS[found_at[0]] if len(found_at) == 1 else None
 
 
-def mathematical(answer: str, expected: str, tolerance: float = 1e-8) -> bool:
-    """Equal as expressions, numbers within `tolerance`, sets and intervals, units aside; or the same text."""
+def mathematical(answer: str, expected: str, tolerance: float | None = None) -> bool:
+    """Equal as expressions, sets and intervals, units aside; or the same text; numbers within a tolerance, as given."""
     from math_verify import parse, verify
 
     if exact(answer, expected):
         return True
-    one, other = number(answer), number(expected)
+    one, other = (number(text) if tolerance is None else value(text) for text in (answer, expected))
     if one is not None and other is not None:
-        return abs(one - other) <= tolerance * max(1.0, abs(other))
+        return abs(one - other) <= (1e-8 * max(1.0, abs(other)) if tolerance is None else 1.01 * tolerance)
     gold, found = (parse(f"\\boxed{{{text}}}") for text in (expected, answer))
     return bool(gold and found and verify(gold, found))
 
@@ -49,11 +53,24 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def value(text: str) -> float | None:
+    r"""A number, also as an expression or with a unit: \frac{1}{3}, 45^\circ, x = 5, 12 cm; None for anything else."""
+    if (plain := number(text)) is not None or not re.search(r"\d|\\pi", text) or find_spec("math_verify") is None:
+        return plain
+    from math_verify import parse
+
+    try:
+        found = parse(f"\\boxed{{{text}}}")[0]
+        return number(str(float(getattr(found, "rhs", found))))
+    except (TypeError, ValueError, IndexError, OverflowError, AttributeError):
+        return None
+
+
 def mmmu(answer: str, expected: Sequence[str], options: Sequence[str]) -> bool:
     """MMMU: the option's letter; an open answer has an expected text in it, or its number to 2 decimals."""
     if options:
         return letter(answer, options) in expected
-    said = number(answer)
+    said = value(answer)
     for right in expected:
         wanted = number(right)
         if wanted is not None:
@@ -71,7 +88,7 @@ def mathvista(answer: str, expected: str, options: Sequence[str], kind: str, pre
         texts = list(options)
         near = texts[LETTERS.index(named)] if named else nearest(answer, texts)
         return near == expected
-    said = number(answer)
+    said = value(answer)
     if kind == "integer":
         return said is not None and int(said) == int(float(expected))
     if kind == "float":
@@ -92,15 +109,12 @@ def mathvision(answer: str, expected: str, options: Sequence[str]) -> bool:
     return mathematical(answer, expected)
 
 
-def olympiadbench(answer: str, expected: Sequence[str], tolerance: float | None) -> bool:
-    """OlympiadBench: all of the answers, each mathematically equal, numbers within the tolerance that it gives."""
-    if len(expected) == 1:
-        return mathematical(answer, expected[0].strip("$"), tolerance or 1e-8)
-    said = [part.strip() for part in re.split(r",(?![^({\[]*[)}\]])", answer)]
-    wanted = [part.strip("$ ") for part in expected]
-    left = list(wanted)
-    for part in said:
-        hit = next((each for each in left if mathematical(part, each, tolerance or 1e-8)), None)
+def olympiadbench(answer: str, expected: Sequence[str], tolerances: Sequence[float | None] = ()) -> bool:
+    """OlympiadBench: all of the answers, each mathematically equal, numbers within its tolerance, or all's."""
+    given = list(tolerances) if len(tolerances) == len(expected) else [*tolerances, None][:1] * len(expected)
+    left = list(zip((part.strip("$ ") for part in expected), given, strict=True))
+    for part in re.split(r",(?![^({\[]*[)}\]])", answer) if len(expected) > 1 else [answer]:
+        hit = next((each for each in left if mathematical(part.strip(), *each)), None)
         if hit is None:
             return False
         left.remove(hit)

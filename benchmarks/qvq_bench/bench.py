@@ -172,6 +172,16 @@ class Bench:
         judged = not self.workload.ignores_eos
         return summarise(made, level, judged), made
 
+    async def answers(self) -> bool:
+        """Whether anything answers at the server's address."""
+        try:
+            await first_model(self.session, self.target)
+        except ConnectionError:
+            return False
+        except UsageError:
+            pass
+        return True
+
     async def idle(self) -> None:
         """Waits until nothing runs: what a step left behind must not be measured with the next."""
         until = time.monotonic() + IDLE_TIMEOUT_S

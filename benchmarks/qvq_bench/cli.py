@@ -261,7 +261,7 @@ def run_run(options: argparse.Namespace) -> int:
 
 def sweep_settings(options: argparse.Namespace, workload: Any) -> Any:
     from qvq_bench.runs import SweepSettings
-    from qvq_bench.sweep import Objective
+    from qvq_bench.sweep import LONG, Objective
 
     if not 0 <= options.min_headroom < 1:
         raise UsageError(f"--min-headroom {options.min_headroom:g}: must be 0 or more and less than 1.")
@@ -276,6 +276,12 @@ def sweep_settings(options: argparse.Namespace, workload: Any) -> Any:
     if highest < start:
         raise UsageError(f"--max-load {highest:g}: is less than --start {start:g}.")
     objective = Objective.parse(options.slo, options.min_headroom)
+    cut = {name for name, _ in objective.limits} & {"end_to_end", "time_to_first_answer_token"}
+    if options.no_drain and cut:
+        raise UsageError(
+            f"--slo {options.slo}: with --no-drain {' and '.join(LONG[name] for name in sorted(cut))} would be that of "
+            "the short answers, which end before the cut; leave out --no-drain."
+        )
     return SweepSettings(objective, start, highest, options.repeats, options.tolerance, options.resume)
 
 

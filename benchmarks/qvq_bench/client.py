@@ -7,6 +7,7 @@ arrived, so neither a chunk with nothing but a role nor a keep-alive comment cou
 import array
 import asyncio
 import json
+import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ def http(session: aiohttp.ClientSession, url: str, key: str | None) -> Send:
 
 def session(timeout_s: float) -> aiohttp.ClientSession:
     """One pool for a load: as many connections as it has streams, each request at most `timeout_s` seconds."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream is an open file, and 1,024 the usual limit
     limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30)
     # A server closes an idle connection after 5 s or more: what is sent on one meanwhile is lost.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)

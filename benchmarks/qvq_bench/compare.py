@@ -45,12 +45,17 @@ def compare(a: dict[str, Any], b: dict[str, Any], anyway: bool = False) -> dict[
         late = [step["load"] for step in found["steps"] if not step["client"]["valid"]]
         if late and not anyway:
             raise UsageError(f"at load {late[0]:g} a client did not keep up; --anyway compares nevertheless.")
+        if any(step.get("interrupted") for step in found["steps"]) and not anyway:
+            raise UsageError("Ctrl-C ended one of the measurements early; --anyway compares nevertheless.")
     rows = []
     for load in loads:
         for name, path in FIGURES.items():
             one, two = (values(found, load, path) for found in (a, b))
-            if one and two:
+            if one and two and all(one + two):
                 rows.append({"load": load, "figure": name, **ratio_of(one, two)})
+            elif one and two:  # a ratio of logarithms would leave them out
+                rows.append({"load": load, "figure": name, "zeros": [one.count(0.0), two.count(0.0)],
+                             "repeats": [len(one), len(two)]})  # fmt: skip
     capacities = [found.get("capacity", {}).get("load") for found in (a, b)]
     return {
         "differs": {name: list(pair) for name, pair in other.items()},
@@ -61,14 +66,14 @@ def compare(a: dict[str, Any], b: dict[str, Any], anyway: bool = False) -> dict[
 
 
 def values(found: dict[str, Any], load: float, path: tuple[str, ...]) -> list[float]:
-    """A figure of every repeat of a load; those that are None or 0 have no ratio, and are left out."""
+    """A figure of every repeat of a load that has it."""
     made = []
     for step in found["steps"]:
         if step["load"] == load:
             value: Any = step
             for key in path:
                 value = value[key]
-            if value:
+            if value is not None:
                 made.append(float(value))
     return made
 
@@ -96,6 +101,10 @@ def as_table(found: dict[str, Any]) -> str:
     told = {True: "yes", False: "no", None: "too few repeats"}
     lines = ["| load | figure | B / A | 95 % | differs from noise |", "| --- | --- | --- | --- | --- |"]
     for row in found["rows"]:
+        if "zeros" in row:
+            said = " and ".join(f"{n} of {m}" for n, m in zip(row["zeros"], row["repeats"], strict=True))
+            lines.append(f"| {row['load']:g} | {row['figure']} | - | - | {said} repeats were 0 |")
+            continue
         interval = row["interval_95"]
         spread = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "-"
         lines.append(f"| {row['load']:g} | {row['figure']} | {row['ratio']:.3f} | {spread} | {told[row['told']]} |")

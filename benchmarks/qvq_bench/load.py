@@ -18,7 +18,7 @@ PAUSE_S = 1.0
 """For which a user that was refused, or got an error, waits: asking again at once would be another load."""
 LAG_PERIOD_S = 0.01
 LAG_LIMIT_S = 0.05
-"""A client whose event loop is later than this at its 99th percentile measures itself: the result is not valid."""
+"""A client whose event loop is later than this for 5 % of the time measures itself: the result is not valid."""
 
 Requests = Callable[[int], Awaitable[Request]]
 Watch = Callable[[], Awaitable[dict[str, Any]]]
@@ -66,6 +66,7 @@ class Measured:
     rows: list[Row] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     lag: "array.array[float]" = field(default_factory=lambda: array.array("d"))
+    """How late the event loop was, each LAG_PERIOD_S from the start."""
     start: float = 0.0
     """Of the measured window."""
     stop: float = 0.0
@@ -126,7 +127,10 @@ async def run_load(
 
     async def arrive() -> None:
         for offset in load.due or ():
-            if began + offset >= until or (index := next(counter)) >= final:
+            if began + offset >= until:
+                made.stop = load.warmup + (load.seconds or 0.0)  # nothing was due in what is left of the window
+                break
+            if (index := next(counter)) >= final:
                 break
             await asyncio.sleep(began + offset - clock())
             for task in broken:
@@ -134,7 +138,7 @@ async def run_load(
             running.add(task := asyncio.create_task(one(index, began + offset)))
             task.add_done_callback(over)
 
-    watchers = [asyncio.create_task(measure_lag(made, LAG_PERIOD_S))]
+    watchers = [asyncio.create_task(measure_lag(made, began, LAG_PERIOD_S))]
     if watch:
         watchers.append(asyncio.create_task(sample(made, watch, began, sample_every)))
     if progress:
@@ -149,7 +153,8 @@ async def run_load(
         made.interrupted = True
     finally:
         await stop([*senders, *running])
-        made.stop = min(clock(), until) - began
+        if made.interrupted or not made.stop:
+            made.stop = min(clock(), until) - began
         made.next_index = next(counter)
         if watch:  # the state in which the load left the server
             with contextlib.suppress(ConnectionError):
@@ -183,12 +188,15 @@ async def stop(tasks: list[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def measure_lag(made: Measured, period: float) -> None:
-    """How late this event loop wakes up, again and again: what the client adds to each time that it measures."""
+async def measure_lag(made: Measured, began: float, period: float) -> None:
+    """How late this event loop is at even times: what the client adds to each time that it measures.
+
+    A time that passed while it stood still is looked at when it goes on, so that a long stall counts for all of them.
+    """
     clock = asyncio.get_running_loop().time
-    while True:
-        due = clock() + period
-        await asyncio.sleep(period)
+    for number in itertools.count(1):
+        due = began + number * period
+        await asyncio.sleep(due - clock())
         made.lag.append(clock() - due)
 
 

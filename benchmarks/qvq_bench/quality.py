@@ -97,7 +97,10 @@ async def ask_all(target: Target, items: list[Item], body: dict[str, Any], users
 def judge(judged: dict[int, Judged], items: list[Item]) -> None:
     """Tells of each answer, by its item's place, whether it is right."""
     for at, each in judged.items():
-        each.right = each.answer is not None and items[at].right(each.answer)
+        try:
+            each.right = each.answer is not None and items[at].right(each.answer)
+        except Exception as error:  # a rule that met what it does not know shall not lose the other answers
+            each.message = f"item {each.id} could not be judged: {type(error).__name__}: {error}"
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -142,7 +145,7 @@ def table(suite: str, found: dict[str, Any]) -> str:
         span = f"({row['low']:.0%} to {row['high']:.0%}, {row['right']} of {row['count']})"
         told.append(f"{name:24} {row['accuracy']:6.1%}  {span}")
     if suite in PUBLISHED:
-        told.append(f"{'the model card says':24} {PUBLISHED[suite]:.1f} %")
+        told.append(f"{'card, of the whole set':24} {PUBLISHED[suite]:.1f} %")
     ended = ", ".join(f"{name} {number}" for name, number in found["ended"].items())
     switched = found["language_switches"]
     told.append(f"{found['output_tokens']:.0f} tokens an answer, {switched:.1f} changes of language; ended: {ended}")
@@ -167,13 +170,13 @@ async def measure(
     print(table(suite, found), file=sys.stderr)
     for message, number in found["errors"].items():
         print(f"  {number} x {message}", file=sys.stderr)
+    print(json.dumps({"suite": suite, **found}))
     if out:
         whole = result.header("quality", argv) | {
             "suite": suite, "url": target.url, "body": body, "users": users, "seconds": seconds, "summary": found,
             "answers": [asdict(each) for each in judged],
         }  # fmt: skip
         result.write(out, whole)
-    print(json.dumps({"suite": suite, **found}))
     if len(judged) < len(items):
         return EXIT_INTERRUPTED
     return EXIT_NOT_OK if found["errors"] else 0

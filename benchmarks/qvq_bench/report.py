@@ -2,6 +2,7 @@
 
 import io
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -79,7 +80,7 @@ def replicas(name: str, found: dict[str, Any], users: int | None) -> str:
 
 
 def representative(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A step for each load, by rising load: of its repeats the one with the median throughput."""
+    """A step for each load, by rising load."""
     return [median_step(found["steps"], load) for load in sorted({step["load"] for step in found["steps"]})]
 
 
@@ -93,6 +94,7 @@ def at_capacity(found: dict[str, Any]) -> dict[str, Any]:
 def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of one result."""
     here, capacity = at_capacity(found), found.get("capacity")
+    early = "Ctrl-C ended this measurement early." if any(step.get("interrupted") for step in found["steps"]) else None
     latency, headroom, reached = here["latency"], here["memory"]["headroom"], here["ceiling"]
     free = headroom["bytes"]
     useful = here["useful"]
@@ -122,7 +124,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "uses": memory_by_use(here["memory"]["by_use"]),
         "facts": facts(found),
         "invalid": [f"load {s['load']:g}: {s['client']['why']}" for s in found["steps"] if not s["client"]["valid"]],
-        "notes": [note for note in (unsettled(here, found["plan"]["warmup"], kind), found.get("note")) if note],
+        "notes": [note for note in (early, unsettled(here, found["plan"]["warmup"], kind), found.get("note")) if note],
     }
 
 
@@ -158,7 +160,7 @@ def facts(found: dict[str, Any]) -> dict[str, str]:
     server, workload = found.get("server") or {}, found["workload"]
     known = {
         "date": found["date"],
-        "measured by": " ".join(found["command"]),
+        "measured by": shlex.join(found["command"]),
         "workload": f"{workload['name']} ({workload['hash']}), seed {workload['seed']}",
         "server": server.get("argv"),
         "settings": server.get("profile"),

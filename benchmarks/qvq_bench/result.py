@@ -8,7 +8,7 @@ import platform
 import subprocess
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -120,10 +120,13 @@ def check_writable(path: Path) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """The file beside a result that is written first. Raises UsageError where the system refuses."""
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield path.with_name(path.name + ".part")
+        yield part
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise UsageError(f"{path}: the result cannot be written: {error.strerror}.") from None
 
 

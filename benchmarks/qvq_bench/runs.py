@@ -113,7 +113,6 @@ async def run_once(
     async with Bench(target, workload, plan, show) as bench:
         found = begin("run", argv, workload, plan, bench)
         summary, made = await bench.step(load, f"load {load:g}")
-        add_step(found, out, summary, made)
     say(line(summary))
     for message, count in summary["errors"].items():
         say(f"  {count} x {message}")
@@ -122,6 +121,7 @@ async def run_once(
     if note := known_before(summary, workload.images["repeated"]):
         say(f"qvq-bench: {note}")
     print(json.dumps(brief(summary)))
+    add_step(found, out, summary, made)  # behind what is shown: a full disk shall not lose it
     if not summary["client"]["valid"]:
         say(f"qvq-bench: this result is NOT VALID: {summary['client']['why']}")
         return EXIT_NOT_OK
@@ -146,28 +146,35 @@ async def sweep_server(
         found["objective"] = {"text": settings.objective.text, "min_headroom": settings.objective.min_headroom}
         if settings.resume and out.exists():
             found = resumed(result.read(out), found, out)
-            bench.next_index = max((step["next_index"] for step in found["steps"]), default=0)
+            bench.next_index = found["next_index"]
         try:
             capacity = await find_capacity(
                 measure_on(bench, found, settings.objective, out),
                 settings.start, settings.highest, whole=workload.arrivals["kind"] == "closed",
                 repeats=settings.repeats, tolerance=settings.tolerance,
             )  # fmt: skip
-        except asyncio.CancelledError:
-            say(f"qvq-bench: interrupted; {out} has {len(found['steps'])} steps, and --resume goes on from there")
+        except (asyncio.CancelledError, ServerGone) as end:
+            why = "server" if isinstance(end, ServerGone) else "interrupted"
+            what = f"no server answers at {target.url} any more" if why == "server" else why
+            say(f"qvq-bench: {what}; {out} has {len(found['steps'])} steps, and --resume goes on from there")
             if not found["steps"]:
-                return EXIT_INTERRUPTED
-            capacity = so_far(levels_of(found["steps"], settings.objective), "interrupted")
+                return EXIT_NOT_OK if why == "server" else EXIT_INTERRUPTED
+            capacity = so_far(levels_of(found["steps"], settings.objective), why)
+        found["next_index"] = bench.next_index
     found["capacity"] = described(capacity, found["steps"], settings.objective)
-    result.write(out, found)
     say(sentence(found["capacity"], workload.arrivals["kind"]))
     here = median_step(found["steps"], capacity.load) if capacity.load is not None else None
     if here and (note := unsettled(here, plan.warmup, workload.arrivals["kind"])):
         say(f"qvq-bench: {note}")
     print(json.dumps(found["capacity"]))
+    result.write(out, found)
     if capacity.why == "interrupted":
         return EXIT_INTERRUPTED
-    return EXIT_NOT_OK if capacity.load is None or capacity.why == "client" else 0
+    return EXIT_NOT_OK if capacity.load is None or capacity.why in ("client", "server") else 0
+
+
+class ServerGone(Exception):
+    """Nothing answers where the server was."""
 
 
 def levels_of(steps: list[dict[str, Any]], objective: Objective) -> list[Level]:
@@ -187,6 +194,8 @@ def measure_on(bench: Bench, found: dict[str, Any], objective: Objective, out: P
             summary, made = await bench.step(load, f"load {load:g}, {repeat + 1}.")
             if summary["interrupted"]:
                 raise asyncio.CancelledError
+            if summary["errors"] and not await bench.answers():
+                raise ServerGone  # what was measured says nothing of this load
             verdict = objective.judge(summary)
             more = {"repeat": repeat, "holds": verdict.holds, "failed": verdict.failed, "next_index": bench.next_index}
             step = add_step(found, out, summary, made, **more)
@@ -209,12 +218,15 @@ def resumed(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, A
     if models[0] != models[1]:
         raise UsageError(f"--resume {path}: it measured the model {models[0]}, not {models[1]}; choose another --out.")
     steps = [step for step in old["steps"] if step["client"]["valid"]]  # the others are measured again
-    return old | {"steps": steps, "resumed": [*old.get("resumed", []), new["date"]]}
+    sent = max([old.get("next_index", 0), *(step["next_index"] for step in old["steps"])])
+    return old | {"steps": steps, "next_index": sent, "resumed": [*old.get("resumed", []), new["date"]]}
 
 
 def median_step(steps: list[dict[str, Any]], load: float) -> dict[str, Any]:
-    """Of the repeats of a load, the one with the median throughput."""
-    at = [step for step in steps if step["load"] == load]
+    """Of the repeats of a load whose verdict is the load's, the one with the median throughput."""
+    every = [step for step in steps if step["load"] == load]
+    holds = sum(step.get("holds", False) and step["client"]["valid"] for step in every) * 2 > len(every)
+    at = [step for step in every if step.get("holds", False) == holds] or every
     return sorted(at, key=lambda step: step["throughput"]["output_tokens_per_second"] or 0.0)[len(at) // 2]
 
 
@@ -254,14 +266,16 @@ def sentence(capacity: dict[str, Any], kind: str) -> str:
     if capacity["load"] is None:
         if capacity["ended"] == "client":
             return "no capacity: the client could not make the lowest load"
+        if capacity["ended"] == "server":
+            return "no capacity: the server was gone before a load held"
         return f"no capacity: not even the lowest load held ({'; '.join(capacity['next_failed'] or [])})"
     times = round(capacity["confidence"] * capacity["repeats"])
     speed = number(capacity["output_tokens_per_second"], ",.0f")
     least = "at least " if capacity["next_load"] is None else ""
     held = f"capacity: {least}{capacity['load']:g} {load_unit(kind)}, {speed} output tokens/s "
     held += f"(held in {times} of {capacity['repeats']} measurements); "
-    if capacity["ended"] == "interrupted":
-        held += "interrupted before it was bracketed; "
+    if early := {"interrupted": "interrupted", "server": "the server was gone"}.get(capacity["ended"]):
+        held += f"{early} before it was bracketed; "
     if capacity["next_load"] is None:
         why = "the client could not make more" if capacity["ended"] == "client" else "nothing above was tried"
         return held + why

@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import sys
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -69,7 +70,8 @@ async def until_ready(process: asyncio.subprocess.Process, url: str) -> None:
 
 def name_of(arguments: str) -> str:
     """A file's name for a setting."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", arguments).strip("-") or "default"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", arguments).strip("-") or "default"
+    return name if len(name) <= 100 else f"{name[:90]}-{zlib.crc32(arguments.encode()):08x}"
 
 
 async def serve_and_sweep(options: argparse.Namespace, workload: Workload, plan: Plan, settings: SweepSettings) -> int:

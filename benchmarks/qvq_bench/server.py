@@ -97,8 +97,9 @@ def local_figures() -> Callable[[], dict[str, Any]]:
         host = psutil.virtual_memory()
         figures: dict[str, Any] = {"host": {"total": host.total, "available": host.available}}
         if cards:
-            memory = [pynvml.nvmlDeviceGetMemoryInfo(card) for card in cards]
-            figures["cards"] = {str(i): {"total": m.total, "used": m.used} for i, m in enumerate(memory)}
+            with suppress(pynvml.NVMLError):  # a card that does not tell, or fails
+                memory = [pynvml.nvmlDeviceGetMemoryInfo(card) for card in cards]
+                figures["cards"] = {str(i): {"total": m.total, "used": m.used} for i, m in enumerate(memory)}
         return figures
 
     return read

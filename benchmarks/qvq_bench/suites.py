@@ -8,6 +8,7 @@ import ast
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -63,10 +64,14 @@ def drawn(first: int, count: int, held_out: bool = True, blank: bool = False, we
         yield Item(str(seed), quirk or one.kind, messages, truth, partial(answers.exact, expected=truth))
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's files: Parquet, JSON lines, or JSON (a list, or an object of rows by id)."""
+def rows(path: Path, split: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of a data set's files: Parquet, JSON lines, or JSON (a list, or an object of rows by id).
+
+    Of a folder that has several splits, that one's: the hubs have them side by side, and tests without answers.
+    """
     kinds = (".parquet", ".jsonl", ".json")
     files = sorted(f for f in path.iterdir() if f.suffix in kinds) if path.is_dir() else [path]
+    files = [file for file in files if re.split(r"[-.]", file.name)[0] == split] or files
     if not files or not all(file.exists() for file in files):
         raise UsageError(f"--data {path}: there is no file that ends with {', '.join(kinds)}.")
     for file in files:
@@ -121,8 +126,10 @@ def with_options(question: str, options: list[str]) -> str:
 
 
 def mmmu(path: Path) -> Iterator[Item]:
-    for row in rows(path):
+    for row in rows(path, "validation"):
         options, expected = listed(row["options"]), listed(row["answer"])
+        if expected in ([], ["?"]):
+            continue  # of the test split, whose answers are not published
         right = partial(answers.mmmu, expected=expected, options=options)
         kind = row["id"].split("_", 1)[-1].rsplit("_", 1)[0] or row.get("question_type", "")
         text = with_options(row["question"], options)
@@ -130,7 +137,9 @@ def mmmu(path: Path) -> Iterator[Item]:
 
 
 def mathvista(path: Path) -> Iterator[Item]:
-    for row in rows(path):
+    for row in rows(path, "testmini"):
+        if row["answer"] in (None, ""):
+            continue  # of the test split, whose answers are not published
         options = listed(row.get("choices"))
         unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
         text = with_options(row["question"] + unit, options)
@@ -142,7 +151,7 @@ def mathvista(path: Path) -> Iterator[Item]:
 
 
 def mathvision(path: Path) -> Iterator[Item]:
-    for row in rows(path):
+    for row in rows(path, "test"):
         options = listed(row.get("options"))
         question = row["question"].replace("<image1>", "").strip()
         right = partial(answers.mathvision, expected=str(row["answer"]), options=options)
@@ -159,8 +168,8 @@ def olympiadbench(path: Path) -> Iterator[Item]:
         several = " There are several; separate them by commas." if row.get("is_multiple_answer") else ""
         unit = f" Its unit is {row['unit']}; leave it out." if row.get("unit") else ""
         text = f"{context}{row['question']}\n{BOX}{several}{unit}"
-        error = str(row.get("error") or "").split(",")[0]
-        right = partial(answers.olympiadbench, expected=expected, tolerance=float(error) if error else None)
+        errors = [float(error) if error.strip() else None for error in str(row.get("error") or "").split(",")]
+        right = partial(answers.olympiadbench, expected=expected, tolerances=errors)
         kind = f"{row.get('subject', '-')}, {row.get('language', '-')}"
         yield Item(str(row["id"]), kind, asked(text, pictures(row, path)), ", ".join(expected), right)
 

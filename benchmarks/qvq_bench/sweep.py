@@ -154,6 +154,7 @@ class Capacity:
     next_load: float | None
     """The lowest load above it that did not hold; None where the sweep ended before one was found."""
     why: str
+    """What ended the search: bracketed, highest, lowest, client, interrupted, or server (it was gone)."""
     levels: list[Level]
 
 

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from qvq_bench.result import unpack
+from qvq_bench.serve import name_of
 
 QUICK = "first=0.02,gap=0.005,chunks=6,tokens=2"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@contextmanager
+def fake() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A fake server that says where it is."""
     code = """
 import asyncio
@@ -33,8 +35,14 @@ asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}", server
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with fake() as (url, _):
+        yield url
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -132,6 +140,33 @@ def test_ctrl_c_keeps_what_was_measured_and_a_sweep_goes_on_from_there(url: str,
     assert done.returncode == 0 and last_line(done)["load"] == 3.0
     ended = json.loads(out.read_text())
     assert ended["steps"][0]["requests"] == kept["steps"][0]["requests"] and len(ended["resumed"]) == 1
+    assert min(unpack(ended["steps"][len(kept["steps"])]["requests"])["index"]) >= kept["next_index"]
+
+
+def test_a_server_that_dies_ends_a_sweep_and_bounds_no_load(tmp_path: Path) -> None:
+    """Each further load was measured against nothing, "bound by compute", and --resume kept those steps."""
+    out = tmp_path / "sweep.json"
+    with fake() as (url, server):
+        command = ["sweep", "--url", url, "--model", "first=0.1,gap=0.01,chunks=30", "--workload", "chat-short",
+                   "--requests", "12", "--slo", "ttft_p95=2s,ok=99%", "--out", str(out), "--repeats", "1"]  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-m", "qvq_bench.cli", *command], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        until = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        server.kill()
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and f"no server answers at {url} any more" in stderr, stderr
+    assert "the server was gone before it was bracketed" in stderr and "bound by" not in stderr
+    kept = json.loads(out.read_text())
+    assert kept["steps"] and not any(step["errors"] for step in kept["steps"])
+    assert json.loads(stdout.strip().splitlines()[-1])["ended"] == "server"
+
+
+def test_what_a_cut_would_make_short_is_no_objective(url: str, tmp_path: Path) -> None:
+    done = bench("sweep", "--url", url, "--workload", "chat-short", "--seconds", "5", "--no-drain",
+                 "--slo", "e2e_p95=9s", "--out", tmp_path / "out.json")  # fmt: skip
+    assert done.returncode == 2 and "with --no-drain E2E would be that of the short answers" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -240,6 +275,25 @@ def test_results_of_another_objective_or_of_no_common_load_are_not_compared(swep
     other.write_text(json.dumps(found | {"steps": [step | {"load": step["load"] + 100} for step in found["steps"]]}))
     done = bench("compare", swept, other)
     assert (done.returncode, "no load in common" in done.stderr) == (2, True), done.stderr
+
+
+def test_an_interrupted_measurement_is_not_compared_unasked_and_zeros_are_told(swept: Path, tmp_path: Path) -> None:
+    found, other = json.loads(swept.read_text()), tmp_path / "other.json"
+    steps = [step | {"interrupted": True, "ok_share": 0.0} for step in found["steps"]]
+    other.write_text(json.dumps(found | {"steps": steps}))
+    done = bench("compare", swept, other)
+    assert (done.returncode, "Ctrl-C ended one of the measurements early" in done.stderr) == (2, True), done.stderr
+    assert re.search(r"\| ok \| - \| - \| 0 of \d and (\d) of \1 repeats were 0 \|", bench(
+        "compare", swept, other, "--anyway").stderr)  # fmt: skip
+    page = tmp_path / "page.html"
+    assert bench("report", other, "--out", page).returncode == 0
+    assert "Ctrl-C ended this measurement early" in page.read_text()
+
+
+def test_a_setting_too_long_for_a_files_name_has_one() -> None:
+    long = "--profile x -- --compilation-config " + "a" * 300
+    assert len(name_of(long)) < 110 and name_of(long) != name_of(long + "b")
+    assert name_of("--demo") == "demo"
 
 
 def test_a_server_that_listens_already_is_not_measured_for_another(url: str, tmp_path: Path) -> None:

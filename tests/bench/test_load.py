@@ -194,9 +194,54 @@ def test_useful_tokens_leave_out_loops_and_cuts() -> None:
 
 def test_a_slow_client_is_no_valid_result() -> None:
     made = Measured(stop=1.0)
-    made.lag.extend([0.001] * 95 + [0.2] * 5)
+    made.lag.extend([0.001] * 90 + [0.2] * 10)
     client = summarise(made, 1, judged=True)["client"]
     assert not client["valid"] and "0.200 s late" in client["why"]
+    made.lag.extend([0.001] * 900)  # behind the window
+    assert not summarise(made, 1, judged=True)["client"]["valid"]
+
+
+def test_a_client_that_stands_still_for_a_tenth_of_the_time_is_not_valid() -> None:
+    """Such stalls were one late waking each, among hundreds in time."""
+
+    async def stall() -> dict[str, Any]:
+        asyncio.get_running_loop().now += 0.2  # type: ignore[attr-defined]
+        return {}
+
+    made = measured(Load(1, seconds=20.0), "first=0.5,gap=0.1,chunks=6", stall, sample_every=2.0)
+    client = summarise(made, 1, judged=True)["client"]
+    assert not client["valid"] and client["lag"]["max"] == pytest.approx(0.2, abs=0.011)
+
+
+def test_an_open_loops_window_has_its_whole_time() -> None:
+    """It ended with the last answer: a request a second for 10 s was 1.09 a second."""
+    load = Load(1, due_times({"kind": "constant"}, 1, 0), seconds=10.0)
+    summary = summarise(measured(load, "first=0.1,gap=0.01,chunks=10"), 1, judged=True)
+    assert summary["window_s"] == near(10.0)
+    assert summary["throughput"]["requests_per_second"] == pytest.approx(1.0, abs=0.11)
+    ended = measured(Load(1, due_times({"kind": "constant"}, 1, 0), requests=5), "first=0.1,gap=0.01,chunks=10")
+    assert ended.stop < 6
+
+
+def test_a_typical_request_is_no_less_than_what_those_that_ran_held() -> None:
+    """Without a drain the long ones were cut off, and the headroom counted in short ones."""
+
+    async def watch() -> dict[str, Any]:
+        return {"kv_usage": 0.5, "running": 10.0, "kv_capacity_tokens": 10_000}
+
+    made = measured(Load(2, seconds=5.0), "first=0.5,gap=0.1,chunks=6", watch)
+    memory = summarise(made, 2, judged=True)["memory"]
+    assert memory["typical_request_tokens"] == near(500) and memory["headroom"]["requests"] == near(10)
+
+
+def test_another_jobs_card_is_not_the_servers_fullest() -> None:
+    cards = {"0": {"total": 100, "used": 60}, "1": {"total": 100, "used": 99}}
+
+    async def watch() -> dict[str, Any]:
+        return {"cards": cards, "headroom": {"0": 41.0}}
+
+    made = measured(Load(1, requests=2), "first=0.5,gap=0.1,chunks=6", watch)
+    assert summarise(made, 1, judged=True)["memory"]["headroom"]["bytes"] == 40
 
 
 def test_an_interrupted_load_keeps_what_it_has() -> None:

@@ -1,6 +1,7 @@
 """Quality: the rules of each data set, its files in its own format, and a suite asked over a real socket."""
 
 import asyncio
+import errno
 import io
 import json
 import threading
@@ -41,15 +42,21 @@ def test_mathematical_equality(answer: str, expected: str, right: bool) -> None:
 
 @pytest.mark.parametrize(("answer", "named"), [
     ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) blue", "B"), ("blue", "B"), ("Blue ", "B"), ("green", None),
-    ("D", None), ("Because", None), ("", None),
+    ("D", None), ("Because", None), ("", None), ("B blue", "B"), ("A blue", None), ("A and C", None),
 ])  # fmt: skip
 def test_an_option_is_named_by_letter_or_text(answer: str, named: str | None) -> None:
     assert answers.letter(answer, ["red", "blue", "yellow"]) == named
 
 
+def test_an_article_is_no_letter() -> None:
+    assert answers.letter("A square", ["A triangle", "A square"]) == "B"
+    assert answers.letter("A", ["B", "A"]) == "A"  # points of a drawing: what is asked for is the letter
+
+
 @pytest.mark.parametrize(("answer", "expected", "options", "right"), [
     ("C", ["C"], ["1", "2", "3"], True), ("3", ["C"], ["1", "2", "3"], True), ("B", ["C"], ["1", "2", "3"], False),
     ("about 4.004", ["4"], [], False), ("4.004", ["4"], [], True), ("4.01", ["4"], [], False),
+    ("\\frac{1}{2}", ["0.5"], [], True),
     ("the left ventricle", ["ventricle", "heart"], [], True), ("lung", ["ventricle", "heart"], [], False),
 ])  # fmt: skip
 def test_mmmus_rule(answer: str, expected: list[str], options: list[str], right: bool) -> None:
@@ -62,7 +69,9 @@ def test_mmmus_rule(answer: str, expected: list[str], options: list[str], right:
     ("B", "larger", ["larger", "smaller"], "text", None, False),
     ("7.9", "7", [], "integer", None, True), ("8", "7", [], "integer", None, False),
     ("0.333", "0.33", [], "float", 2.0, True), ("0.34", "0.33", [], "float", 2.0, False),
-    ("[1, 2]", "[1,2]", [], "list", None, True), ("many", "7", [], "integer", None, False),
+    ("12 cm", "12", [], "integer", None, True), ("45^\\circ", "45", [], "integer", None, True),
+    ("x=5", "5", [], "integer", None, True), ("many", "7", [], "integer", None, False),
+    ("[1, 2]", "[1,2]", [], "list", None, True),
 ])  # fmt: skip
 def test_mathvistas_rule(
     answer: str, expected: str, options: list[str], kind: str, precision: float | None, right: bool
@@ -79,13 +88,16 @@ def test_mathvisions_rule(answer: str, expected: str, options: list[str], right:
     assert answers.mathvision(answer, expected, options) is right
 
 
-@pytest.mark.parametrize(("answer", "expected", "tolerance", "right"), [
-    ("\\frac{1}{2}", ["$0.5$"], None, True), ("1.02", ["1"], 0.05, True), ("1.2", ["1"], 0.05, False),
-    ("2, 1", ["1", "2"], None, True), ("1", ["1", "2"], None, False), ("1, 2, 3", ["1", "2"], None, False),
-    ("(1,2), (3,4)", ["$(3,4)$", "$(1,2)$"], None, True),
+@pytest.mark.parametrize(("answer", "expected", "tolerances", "right"), [
+    ("\\frac{1}{2}", ["$0.5$"], [], True), ("1.02", ["1"], [0.05], True), ("1.2", ["1"], [0.05], False),
+    ("2, 1", ["1", "2"], [], True), ("1", ["1", "2"], [None], False), ("1, 2, 3", ["1", "2"], [], False),
+    ("(1,2), (3,4)", ["$(3,4)$", "$(1,2)$"], [], True),
+    ("150", ["100"], [1.0], False), ("101", ["100"], [1.0], True), ("1.21 \\times 10^{3}", ["1200"], [50], True),
+    ("\\frac{1}{3}", ["0.33"], [0.01], True), ("\\sqrt{2}", ["1.41"], [0.01], True), ("a cat", ["1.41"], [0.01], False),
+    ("10.4, 3.1", ["3", "10"], [0.1, 0.5], True), ("10.4, 3.2", ["3", "10"], [0.1, 0.5], False),
 ])  # fmt: skip
-def test_olympiadbenchs_rule(answer: str, expected: list[str], tolerance: float | None, right: bool) -> None:
-    assert answers.olympiadbench(answer, expected, tolerance) is right
+def test_olympiadbenchs_rule(answer: str, expected: list[str], tolerances: list[float | None], right: bool) -> None:
+    assert answers.olympiadbench(answer, expected, tolerances) is right
 
 
 def shown(item: Item) -> tuple[int, str]:
@@ -125,6 +137,28 @@ def test_mathvista_is_read_from_its_json_and_image_folder(tmp_path: Path) -> Non
     )
     assert first.right("1.21") and second.right("B") and second.right("smaller") and not second.right("A")
     assert second.kind == "multi_choice"
+
+
+@pytest.mark.parametrize(("suite", "split", "other", "row"), [
+    ("mathvista", "testmini", "test", {"pid": "1", "choices": None, "precision": None, "question_type": "free_form",
+                                       "answer_type": "integer", "unit": None}),
+    ("mmmu", "validation", "test", {"id": "validation_Art_7", "options": "[]", "question_type": "open"}),
+    ("mathvision", "test", "testmini", {"id": "1", "options": []}),
+])  # fmt: skip
+def test_of_a_hubs_folder_the_split_with_answers_is_asked(
+    tmp_path: Path, suite: str, split: str, other: str, row: dict[str, Any]
+) -> None:
+    """All splits lie side by side; a test's answers are empty or '?', and broke the judging of the others."""
+    row |= {"question": "How many?", "image": {"bytes": picture(), "path": None}}
+    for name, answer in ((split, "7"), (other, "8")):
+        table = pyarrow.Table.from_pylist([row | {"answer": answer}])
+        parquet.write_table(table, tmp_path / f"{name}-00000-of-00001.parquet")
+    assert [item.expected for item in items(suite, tmp_path, 0, 10)] == ["7"]
+    if suite != "mathvision":
+        (tmp_path / f"{split}-00000-of-00001.parquet").unlink()
+        no_answer = pyarrow.Table.from_pylist([row | {"answer": "?" if suite == "mmmu" else ""}])
+        parquet.write_table(no_answer, tmp_path / "test-00000-of-00001.parquet")
+        assert not list(items(suite, tmp_path, 0, 10))
 
 
 def test_mathvision_is_read_from_json_lines(tmp_path: Path) -> None:
@@ -282,6 +316,33 @@ def test_an_interruption_leaves_each_answer_to_its_own_question(
         assert asyncio.run(interrupted(url)) == 130
     told = json.loads(capsys.readouterr().out)
     assert (told["count"], told["right"]) == (4, 4)
+
+
+def test_a_rule_that_breaks_and_a_full_disk_lose_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["one", "two"]
+    rules = {"one": "one".__eq__, "two": lambda answer: bool(float(answer))}
+    asked = [
+        Item(word, "all", [{"role": "user", "content": [{"type": "text", "text": f"a {word}"}]}], word, rules[word])
+        for word in words
+    ]
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with (
+        answering({word: completion(f"\\boxed{{{word}}}", 1, None) for word in words}) as url,
+        pytest.raises(UsageError),
+    ):
+        asyncio.run(measure(Target(url), "demo", asked, {"temperature": 0}, 2, tmp_path / "out.json", [], False))
+    told = json.loads(capsys.readouterr().out)
+    assert (told["count"], told["right"]) == (2, 1)
+    assert list(told["errors"]) == [
+        "item two could not be judged: ValueError: could not convert string to float: 'two'"
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("answer", ["nan", "inf", "-infinity"])

@@ -1,10 +1,12 @@
 """The search for a capacity, against simulated servers whose true capacity is known."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from qvq_bench.load import Load, run_load
+from qvq_bench.runs import median_step, resumed
 from qvq_bench.summary import summarise
 from qvq_bench.sweep import Capacity, Objective, Verdict, bound_by, find_capacity
 
@@ -174,6 +176,33 @@ def test_a_load_that_the_client_did_not_make_bounds_no_server() -> None:
 
     capacity = run(find_capacity(measure, 1.0, 4096, whole=False))
     assert (capacity.load, capacity.next_load, capacity.why) == (32.0, None, "client")
+
+
+def test_the_step_that_is_shown_has_its_loads_verdict() -> None:
+    """A load that failed in two of three was shown by the third, with no reason."""
+
+    def step(speed: float, holds: bool) -> dict[str, Any]:
+        return {
+            "load": 22.0,
+            "holds": holds,
+            "throughput": {"output_tokens_per_second": speed},
+            "client": {"valid": True},
+        }
+
+    assert median_step([step(1.0, False), step(2.0, True), step(3.0, False)], 22.0)["holds"] is False
+    assert median_step([step(1.0, True), step(2.0, False), step(3.0, True)], 22.0)["holds"] is True
+    run_alone = [{"load": 22.0, "throughput": {"output_tokens_per_second": 1.0}, "client": {"valid": True}}]
+    assert median_step(run_alone, 22.0) == run_alone[0]
+
+
+def test_what_an_invalid_or_interrupted_step_sent_is_not_sent_again() -> None:
+    """The server's caches knew those images and texts."""
+    same = {"kind": "sweep", "workload": {}, "plan": {}, "objective": {}, "server": None, "target": {"model": "m"}}
+    steps = [{"next_index": 10, "client": {"valid": True}}, {"next_index": 30, "client": {"valid": False}}]
+    again = resumed(same | {"steps": steps}, same | {"date": "today"}, Path("old.json"))
+    assert (again["next_index"], again["steps"]) == (30, steps[:1])
+    interrupted = same | {"steps": steps, "next_index": 50}
+    assert resumed(interrupted, same | {"date": "today"}, Path("old.json"))["next_index"] == 50
 
 
 def test_headroom_that_nobody_measured_does_not_hold() -> None:
