@@ -84,7 +84,9 @@ make_environment() {  # EXTRA…
         python=$(find_python) || exit
         echo "$(basename "$0"): making $VENV for $extras; this takes some minutes, once" >&2
         "$VENV/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv "$VENV" || fail "$python cannot make $VENV."
-        rm -f "$VENV"/.made-* "$VENV/.kernels"  # of another extra, whose packages are replaced
+        # Between gpu and cpu packages are replaced; what serve.sh, bench.sh and test.sh add to one stays true.
+        rm -f "$VENV/.made-$([ "$extra" = gpu ] && echo cpu || echo gpu)"*
+        [ "$extra" = gpu ] || rm -f "$VENV/.kernels"
         install "$extras"
         [ "$extra" = gpu ] || repair_cpu
         echo "$wanted" > "$done_file"

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,25 @@ def test_a_gpus_environment_is_made_where_flashinfers_kernels_cannot_be_fetched(
         assert (done.returncode, done.stdout) == (0, "goes on\n")
         assert ("asked to download-kernels" in done.stderr) == (bool(code) or not again)
         assert ("serve.sh: FlashInfer's kernels could not be fetched (vllm download" in done.stderr) == bool(code)
+
+
+def test_an_environment_is_made_once_for_each_launcher_and_again_for_another_machine(checkout: Path) -> None:
+    """serve.sh and bench.sh undid each other's stamp, so each alternate call ran pip, which a node offline cannot."""
+    python = checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *"pip install"*" -e "*) echo "$*" >> "$0.asked";; esac\n')
+    python.chmod(0o755)
+    make = f"set -euo pipefail; . {checkout}/launch/env.sh"
+    stamps = {
+        "gpu": [".kernels", ".made-gpu", ".made-gpu,quality", ".made-gpu,test"],
+        "cpu": [".made-cpu", ".made-cpu,quality", ".made-cpu,test"],
+    }
+    for base in ("gpu", "cpu", "gpu"):
+        python.with_suffix(".asked").write_text("")
+        for again in (False, True):
+            environ = os.environ | {"QVQ_EXTRA": base, "QVQ_PYTHON": sys.executable}
+            for extra in ("", " quality", " test"):
+                subprocess.run(["bash", "-c", f"{make}; make_environment{extra}", "x.sh"], env=environ, check=True)
+            assert len(python.with_suffix(".asked").read_text().splitlines()) == 3, (base, again)
+        left = sorted(path.name for path in (checkout / ".venv").glob(".[km]*"))
+        assert left == stamps[base]
