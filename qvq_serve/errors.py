@@ -29,7 +29,7 @@ class StartError(QvqError):
 
 
 class DoesNotFit(QvqError):
-    """No setting fits the cards."""
+    """The plan does not fit the cards, or no setting does."""
 
     exit_code = EXIT_DOES_NOT_FIT
 

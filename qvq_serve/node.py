@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qvq_serve.cli import say
-from qvq_serve.errors import EXIT_ENGINE_DIED, EXIT_NODE_LOST, EXIT_START, EXIT_USAGE, StartError
+from qvq_serve.errors import EXIT_DOES_NOT_FIT, EXIT_ENGINE_DIED, EXIT_NODE_LOST, EXIT_START, EXIT_USAGE, StartError
 
 BEAT_S = 2.0
 SILENCE_S = 15.0
@@ -36,6 +36,7 @@ PR_SET_PDEATHSIG = 1
 MEANINGS = {
     EXIT_USAGE: "what was asked for cannot be",
     EXIT_START: "that machine cannot start it",
+    EXIT_DOES_NOT_FIT: "its plan does not fit the cards",
     EXIT_ENGINE_DIED: "vLLM's engine died",
     130: "interrupted",
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qvq_serve.advice import suggestions
-from qvq_serve.errors import QvqError, StartError, UsageError
+from qvq_serve.errors import DoesNotFit, QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
 from qvq_serve.memory import (
     KV_CACHE_TYPES,
@@ -181,10 +181,10 @@ def check_encoder_budget(profile: Profile, limits: EngineLimits) -> None:
 
 
 def check_memory(made: MemoryPlan) -> None:
-    """A plan that fits its cards. Raises StartError with what would fit."""
+    """A plan that fits its cards. Raises DoesNotFit with what would."""
     if not made.fits:
         would = "; ".join(f"{s['change']} ({s['flags']})" for s in suggestions(made, made.num_gpus)[:3])
-        raise StartError(
+        raise DoesNotFit(
             f"{made.problems[0]}. {f'Would fit: {would}.' if would else '`qvq-serve plan` shows each use.'}"
         )
 
@@ -263,7 +263,7 @@ def check_open_files(limit: int) -> None:
 
 
 def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
-    """The checks of a start on this machine, in their order; each raises UsageError or StartError."""
+    """The checks of a start on this machine, in their order; each raises UsageError, StartError or DoesNotFit."""
     profile = resolved.profile
     here = local_workers(profile)
     yield lambda: check_usage(profile)
@@ -292,7 +292,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
 
 
 def check_start(resolved: Resolved, gpus: list[Gpu], force: bool = False) -> list[str]:
-    """All that can be told before weights are brought or loaded. Raises the first UsageError or StartError.
+    """All that can be told before weights are brought or loaded. Raises the first error.
 
     With `force` none is raised; returns what stood against the start.
     """

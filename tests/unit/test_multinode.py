@@ -122,6 +122,15 @@ def test_what_ray_sh_gives_vllm_is_what_vllm_knows() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_node_has_the_time_to_end_that_one_machine_has_and_stays_down_where_that_does() -> None:
+    units = [ROOT / "launch" / "qvq-serve.service", ROOT / MULTINODE / "qvq-node@.service"]
+    kept = ("QVQ_DRAIN_TIMEOUT", "TimeoutStopSec", "RestartPreventExitStatus")
+    one, node = (
+        [line for line in unit.read_text().splitlines() if any(f"{k}=" in line for k in kept)] for unit in units
+    )
+    assert len(node) == 3 and set(node) == set(one)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here (Debian: systemd)")
 def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
     text = (ROOT / MULTINODE / "qvq-node@.service").read_text()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qvq_serve.errors import StartError, UsageError
+from qvq_serve.cli import main
+from qvq_serve.errors import DoesNotFit, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import MemoryPlan, plan
 from qvq_serve.model import ModelGeometry
@@ -115,11 +116,23 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_would() -> None:
     def planned(memory_bytes: int, gpus: int) -> MemoryPlan:
         return plan(Profile(), ModelGeometry.load("qvq-72b"), "H100", memory_bytes, gpus)
 
-    with pytest.raises(StartError, match=r"take 142\.3 GiB .* Would fit: .*--tp 4"):
+    with pytest.raises(DoesNotFit, match=r"take 142\.3 GiB .* Would fit: .*--tp 4"):
         check_memory(planned(H100.memory_bytes, 4))
-    with pytest.raises(StartError, match="`qvq-serve plan` shows each use"):
+    with pytest.raises(DoesNotFit, match="`qvq-serve plan` shows each use"):
         check_memory(planned(20 * GIB, 1))
     check_memory(planned(200 * GIB, 1))
+
+
+def test_check_ends_with_4_for_a_plan_that_does_not_fit_these_cards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was 3, after which systemd tries again."""
+    monkeypatch.setattr("qvq_serve.gpu.visible_gpus", lambda: [H100])
+    monkeypatch.setattr("qvq_serve.preflight.driver_version", lambda: "580.0")
+    monkeypatch.setattr("qvq_serve.preflight.processes_on", lambda _: [])
+    monkeypatch.setattr("qvq_serve.preflight.check_compiler", lambda: None)
+    assert main(["check", "--tp", "1", "--port", "18996"]) == 4
+    assert "weights and working memory take 142.3 GiB" in capsys.readouterr().err
 
 
 def test_a_card_that_others_use_is_refused_with_their_pids() -> None:
