@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
             known = [name for action in self._actions for name in action.option_strings]
-            raise UsageError(f"unknown argument '{unknown}'.{nearest(unknown, known)} `{self.prog} --help` lists them.")
+            lists = f"`{self.prog} --help` lists them" + "; the server's come after LEADER" * self.prog.endswith(
+                " node"
+            )
+            raise UsageError(f"unknown argument '{unknown}'.{nearest(unknown, known)} {lists}.")
         raise UsageError(f"{message}.")
 
 
@@ -99,7 +102,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     node.add_argument("rank", type=int, metavar="RANK", help="0 for the machine with the API; 1, 2, ... for the others")
     node.add_argument("nodes", type=int, metavar="NODES", help="machines of the replica")
     node.add_argument("leader", metavar="LEADER", help="address of node 0")
-    node.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="as for serve, the same on each machine")
+    flags = node.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="serve's, the same on each machine"
+    )
+    flags.required = False
 
     plan = add("plan", "what fits, before anything is loaded: GPU memory by use; exit code 4 if it does not", run_plan)
     server_flags(plan)
@@ -347,14 +353,14 @@ def run_node(arguments: argparse.Namespace) -> int:
     serve = build_parser()[1]["serve"].parse_args(arguments.flags)
     if serve.dry_run or serve.print_config or serve.profile == "list":
         return dispatch(["serve", *arguments.flags], (*vllm, *added))
-    serve.vllm = vllm
-    profile = chosen(serve)[0].profile
-    if (workers := profile.tp * profile.pp) % nodes:
-        raise UsageError(f"--tp {profile.tp} x --pp {profile.pp} is {workers}, which {nodes} machines cannot share.")
     import asyncio
 
     from qvq_serve.node import Node
+    from qvq_serve.preflight import check_machines
 
+    serve.vllm = vllm
+    profile = chosen(serve)[0].profile
+    check_machines(profile, nodes)
     settings = {flag(o.name): str(getattr(profile, o.name)) for o in OPTIONS if not o.metadata["secret"]}
     settings |= {"the version": __version__, "NODES": str(nodes), "what follows --": " ".join(profile.vllm)}
     command = [sys.executable, "-m", "qvq_serve", "serve", *arguments.flags, "--", *vllm, *added]

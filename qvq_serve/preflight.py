@@ -38,6 +38,7 @@ def check_usage(profile: Profile) -> None:
     """What can be told from the flags and the model's config alone. Raises UsageError."""
     geometry = ModelGeometry.load(profile.model)
     check_split(geometry, profile)
+    check_machines(profile, nodes(profile))
     check_encoder_budget(profile, engine_limits(profile, "", 80))
     weight_kind(profile, geometry)
     if profile.kv_cache_dtype not in KV_CACHE_TYPES:
@@ -75,6 +76,12 @@ def check_split(geometry: ModelGeometry, profile: Profile) -> None:
     if profile.pp > geometry.layers:
         raise UsageError(f"--pp {profile.pp}: the model has {geometry.layers} layers; give at most that.")
     check_groups(geometry, profile)
+
+
+def check_machines(profile: Profile, machines: int) -> None:
+    """As many GPUs on each machine. Raises UsageError."""
+    if (gpus := profile.tp * profile.pp) % machines:
+        raise UsageError(f"--tp {profile.tp} x --pp {profile.pp} is {gpus}, which {machines} machines cannot share.")
 
 
 def check_gpus(resolved: Resolved, gpus: list[Gpu]) -> None:

@@ -51,6 +51,12 @@ def test_the_same_flags_on_each_machine_give_vllm_each_its_part(made: Path) -> N
         (["2", "2", "h", "--demo"], "RANK 2 of NODES 2: machines are numbered from 0 to 1."),
         (["x", "2", "h", "--demo"], "argument RANK: invalid int value: 'x'"),
         (["0", "2", "h", "--demo"], "--tp 1 x --pp 1 is 1, which 2 machines cannot share."),
+        (["0", "2", "h", "--demo", "--dry-run"], "--tp 1 x --pp 1 is 1, which 2 machines cannot share."),
+        (["0", "2"], "the following arguments are required: LEADER."),
+        (
+            ["--dry-run", "0", "2", "h"],
+            "unknown argument '--dry-run'. `qvq-serve node --help` lists them; the server's come after LEADER.",
+        ),
         (["0", "2", "h", "--demo", "--tq", "2"], "unknown argument '--tq'. Did you mean '--tp'?"),
         (
             ["0", "2", "h", "--tp", "2", "--", "-r", "1"],
