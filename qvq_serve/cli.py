@@ -29,10 +29,9 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
             known = [name for action in self._actions for name in action.option_strings]
-            lists = f"`{self.prog} --help` lists them" + "; the server's come after LEADER" * self.prog.endswith(
-                " node"
-            )
-            raise UsageError(f"unknown argument '{unknown}'.{nearest(unknown, known)} {lists}.")
+            near = nearest(unknown, known)
+            last = "; the server's come after LEADER" if self.prog.endswith(" node") else ""
+            raise UsageError(f"unknown argument '{unknown}'.{near} `{self.prog} --help` lists them{last}.")
         raise UsageError(f"{message}.")
 
 
@@ -261,7 +260,8 @@ def fitting(gpus: list["Gpu"]) -> str:
     best = max(
         fits, key=lambda p: (p.name.endswith("bf16"), p.name.endswith("fp8"), p.hardware.gpus, p.hardware.gpu_gib)
     )
-    say(f"--profile {best.name} is chosen for {len(gpus)} x {gpus[0].name}: {best.description}")
+    untested = "" if best.verified else "; untested"
+    say(f"--profile {best.name} is chosen for {len(gpus)} x {gpus[0].name}: {best.description}{untested}")
     return best.name
 
 
@@ -290,7 +290,8 @@ def print_profiles() -> int:
 
     for name, file in shipped_profiles().items():
         needs = f"{file.hardware.gpus} x {file.hardware.name}" if file.hardware.gpus else "no GPU"
-        proof = f"verified: {file.verified}" if file.verified else "untested"
+        but = f"; but {file.differs}" if file.differs else ""
+        proof = f"verified: {file.verified}{but}" if file.verified else "untested"
         print(f"{name:22}{needs:16}{proof:10}  {file.description}")
     return 0
 

@@ -261,12 +261,16 @@ class Hardware:
 
 @dataclass(frozen=True)
 class ProfileFile:
-    """A TOML file of launch settings: Profile's fields as keys, [vllm] for vLLM's own, [hardware] for what it needs."""
+    """A TOML file of launch settings: Profile's fields as keys, [vllm] for vLLM's own, [hardware] for what it needs.
+
+    `description`, `verified` (its run's result file) and `differs` (where that run was not quite this) tell of it.
+    """
 
     name: str
     path: Path
     description: str
     verified: str | None
+    differs: str | None
     hardware: Hardware
     values: dict[str, Any]
     vllm: dict[str, Any]
@@ -282,7 +286,7 @@ def read_profile(path: Path) -> ProfileFile:
         raise UsageError(f"{path} is not TOML: {error}.") from None
     about = {
         key: table.pop(key, default)
-        for key, default in (("description", ""), ("verified", None), ("hardware", {}), ("vllm", {}))
+        for key, default in (("description", ""), ("verified", None), ("differs", None), ("hardware", {}), ("vllm", {}))
     }
     for key, value in table.items():
         if key not in NAMES:
@@ -294,7 +298,7 @@ def read_profile(path: Path) -> ProfileFile:
     for key in ("hardware", "vllm"):
         if not isinstance(about[key], dict):
             raise UsageError(f"{path}: {key} is {about[key]!r}, and must be a table, [{key}].")
-    for key in ("description", "verified"):
+    for key in ("description", "verified", "differs"):
         if not isinstance(about[key] or "", str):
             raise UsageError(f"{path}: {key} is {about[key]!r}, and must be text.")
     hardware_keys = {f.name: type(f.default) for f in fields(Hardware)}
@@ -308,9 +312,8 @@ def read_profile(path: Path) -> ProfileFile:
         vllm_arguments(about["vllm"])
     except TypeError as error:
         raise UsageError(f"{path}: [vllm] has what no flag can take: {error}.") from None
-    return ProfileFile(
-        path.stem, path, about["description"], about["verified"], Hardware(**about["hardware"]), table, about["vllm"]
-    )
+    about["hardware"] = Hardware(**about["hardware"])
+    return ProfileFile(path.stem, path, values=table, **about)
 
 
 def shipped_profiles() -> dict[str, ProfileFile]:

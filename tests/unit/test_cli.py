@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qvq_serve.cli import fitting
+from qvq_serve.gpu import GIB, Gpu
+
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("QVQ_")}
 
 
@@ -98,6 +101,16 @@ def test_the_profiles_are_listed_with_their_proof() -> None:
     lines = qvq_serve("--profile", "list").stdout.splitlines()
     assert next(line for line in lines if line.startswith("qvq72b_h100x4_bf16")).count("untested") == 1
     assert next(line for line in lines if line.startswith("demo")).count("verified: benchmarks/results/") == 1
+    two = next(line for line in lines if line.startswith("qvq72b_h200x2_bf16"))
+    assert ".json; but the encoder was sharded" in two
+
+
+def test_a_profile_that_the_cards_choose_and_nobody_ran_is_said_to_be_untested(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, gib, cards, untested in (("H100", 79.6, 4, True), ("H200", 140.5, 1, False)):
+        fitting([Gpu(i, name, int(gib * GIB)) for i in range(cards)])
+        assert capsys.readouterr().err.endswith("; untested\n") == untested
 
 
 def test_with_no_arguments_and_no_gpu_the_demo_is_chosen_and_said() -> None:

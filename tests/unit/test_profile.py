@@ -86,6 +86,7 @@ def test_the_variable_that_kubernetes_sets_for_a_service_named_qvq_is_explained(
         ("hardware = 3", "hardware is 3, and must be a table"),
         ("vllm = 'x'", "vllm is 'x', and must be a table"),
         ("description = 5", "description is 5, and must be text"),
+        ("differs = 5", "differs is 5, and must be text"),
         ('[hardware]\ngpus = "2"', "gpus in [hardware] is '2', and must be an integer"),
         ("[vllm]\ncompilation-config = {a = 2020-01-01}", "[vllm] has what no flag can take"),
     ],
