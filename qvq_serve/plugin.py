@@ -60,7 +60,7 @@ class Api:
         from qvq_serve.api import about, lifecycle, memory, scrape
         from qvq_serve.engine import launched_profile
         from qvq_serve.gpu import visible_gpus
-        from qvq_serve.hooks import chain
+        from qvq_serve.hooks import chain, governing
         from qvq_serve.profile import local_workers
 
         torch.set_num_threads(1)  # of this process, which serves: a loop is looked for between streams
@@ -68,6 +68,7 @@ class Api:
         profile = launched_profile()
         if profile.governor != "off":
             await memory.prove_governor(engine_client)
+            await asyncio.to_thread(governing.writing, engine_client.renderer.tokenizer)  # seconds, not between streams
         about.export(profile, visible_gpus()[: local_workers(profile)])
         if profile.metrics_port:
             scrape.serve(profile.metrics_port, profile.host)

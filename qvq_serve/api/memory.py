@@ -61,8 +61,8 @@ def export(measured: list[dict[str, int]], gpus: list[Gpu]) -> None:
 
 
 def export_governor(known: dict[str, int], told: list[dict[str, int]]) -> dict[str, int]:
-    """Count up to what the workers tell; all of a group tell the same, and those without a sampler nothing."""
-    now = next(filter(None, told), known)
+    """Count up to what the workers tell: all that sample the same, and a pipeline's other stages 0."""
+    now = {what: max(one[what] for one in told if one) for what in next(filter(None, told), {})} or known
     for what, value in now.items():
         metrics.GOVERNOR.labels(what).inc(max(value - known.get(what, 0), 0))
     return now

@@ -1,6 +1,7 @@
 """What the two adapters share: the governor of this process, from the launched profile and vLLM's configuration."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,14 @@ import torch
 from qvq_serve.engine import launched_profile
 from qvq_serve.governor.core import COUNTED, Governor, Text
 from qvq_serve.governor.policy import XARG, Orders
-from qvq_serve.governor.tokens import PHRASES, conclusion_tokens, encoded, natural_markers, read_vocabulary
+from qvq_serve.governor.tokens import (
+    PHRASES,
+    conclusion_tokens,
+    encoded,
+    marker_firsts,
+    natural_markers,
+    read_vocabulary,
+)
 
 log = logging.getLogger("vllm.qvq_serve")
 GOVERNORS: list[Governor] = []
@@ -26,13 +34,26 @@ def make(vllm_config: Any, slots: int, device: torch.device) -> Governor:
     lead, conclusion = conclusion_tokens(tokenizer)
     text = Text(
         conclusion, tokenizer.convert_tokens_to_ids("<|im_end|>"), lead, natural_markers(tokenizer),
-        tuple(tuple(encoded(tokenizer, phrase)) for phrase in PHRASES),
+        marker_firsts(tokenizer), tuple(tuple(encoded(tokenizer, phrase)) for phrase in PHRASES),
     )  # fmt: skip
-    mode = launched_profile().governor
-    governor = Governor(slots, device, text, read_vocabulary(tokenizer, model.get_vocab_size()), acts=mode == "on")
+    mode, stages = launched_profile().governor, vllm_config.parallel_config.pipeline_parallel_size
+    known = read_vocabulary(tokenizer, model.get_vocab_size())
+    governor = Governor(slots, device, text, known, mode == "on", stages)
     GOVERNORS[:] = [governor]
     log.info("governor: %s, %d slots", mode, slots)
     return governor
+
+
+def check_orders(sampling_params: Any) -> None:
+    """Raises ValueError for orders that are none: a route of vLLM's that was opened takes them from clients."""
+    given = (sampling_params.extra_args or {}).get(XARG)
+    try:
+        good = given is None or (len(given) == len(Orders._fields) and all(map(math.isfinite, given)))
+        good = good and (given is None or Orders(*given).chinese in (0, 1))
+    except (TypeError, OverflowError):
+        good = False
+    if not good:
+        raise ValueError(f"vllm_xargs.{XARG} is the server's own; leave it out")
 
 
 def read_orders(sampling_params: Any) -> Orders:

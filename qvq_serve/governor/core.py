@@ -50,6 +50,8 @@ class Text:
     """Line ends before the marker, left out where the model has just written one."""
     natural: tuple[tuple[int, ...], ...] = ()
     """The markers by which the model concludes by itself, each as the tokenizer writes it."""
+    firsts: tuple[int, ...] = ()
+    """Tokens that begin such a marker, and little else."""
     phrases: tuple[tuple[int, ...], ...] = field(default=((), ()))
     """A look-back, in English and in Chinese."""
 
@@ -65,11 +67,15 @@ def padded(rows: Sequence[Sequence[int]], front: bool) -> Tensor:
 class Governor:
     """The state of `slots` requests, on a device."""
 
-    def __init__(self, slots: int, device: torch.device, text: Text, vocabulary: Vocabulary, acts: bool) -> None:
+    def __init__(
+        self, slots: int, device: torch.device, text: Text, vocabulary: Vocabulary, acts: bool, stages: int = 1
+    ) -> None:
+        """`stages`: of a pipeline, in which each request's turn comes every so many steps."""
+
         def each(value: int, kind: torch.dtype = torch.int32) -> Tensor:
             return torch.full((slots,), value, dtype=kind, device=device)
 
-        self.text, self.acts, self.step = text, acts, 0
+        self.text, self.acts, self.stages, self.step = text, acts, stages, 0
         self.orders = torch.zeros(slots, len(Orders._fields), device=device)
         self.window = torch.full((slots, WINDOW), -1, dtype=torch.int32, device=device)
         """The last tokens of each request's output, a ring: output token i lies at i % WINDOW."""
@@ -88,7 +94,7 @@ class Governor:
         self.written = torch.tensor([*text.lead, *text.conclusion], device=device)
         self.natural = padded(text.natural, front=True).to(device)
         self.phrases = padded(text.phrases, front=False).to(device)
-        self.firsts = torch.tensor(sorted({marker[0] for marker in text.natural}), dtype=torch.int64, device=device)
+        self.firsts = torch.tensor(text.firsts, dtype=torch.int64, device=device)
         self.vocabulary = Vocabulary(*(table.to(device) for table in vars(vocabulary).values()))
         self.circles = torch.zeros_like(self.vocabulary.ends_step).index_fill_(0, self.vocabulary.circling, True)
         self.order = torch.arange(WINDOW, device=device)
@@ -169,6 +175,9 @@ class Governor:
             self.own[slot] = own
         ends = [end for phrase in text.phrases if phrase for end in all_ends(history, phrase)]
         self.looks[slot], self.mentioned[slot] = len(ends), max(ends, default=0)
+        for token in history[-4:]:  # of the longest character
+            opens, closes = self.vocabulary.opens[token], self.vocabulary.closes[token]
+            self.open[slot] = torch.where(opens < 0, (self.open[slot] - closes).clamp(min=0), opens)
 
     def move(self, source: int, target: int) -> None:
         """Two slots change places."""
@@ -183,14 +192,16 @@ class Governor:
         so far, 0 or less for a row that has none yet; `wanted` the largest of the rows' orders, known on the host: what
         nobody wants is not run.
         """
+        seen = seen.to(torch.int32)  # as `weigh` was compiled for
         self.count.zero_()
-        self.count[slots] = seen.to(torch.int32)
+        self.count[slots] = seen
         self.last[slots] = last.long()
         self.possible[slots] = logits[:, self.choices] > -torch.inf
         if wanted.sure or wanted.looks:
             self.weigh(logits, slots, seen, self.firsts, self.likely, self.entropy)
-        share = self.step // (EVERY // LOOKS) % LOOKS
-        looks = self.step % (EVERY // LOOKS) == 0 and share < len(self.shares)
+        every = EVERY // LOOKS * self.stages
+        share = self.step // every % LOOKS
+        looks = self.step % every < self.stages and share < len(self.shares)
         self.step += 1
         if self.graphs:
             if looks:

@@ -23,6 +23,10 @@ LEFT = -1
 """A budget that is what the output leaves beside an answer."""
 KEPT_FOR_ANSWER = 4
 """A quarter of the output is kept for the answer, or `answer_tokens` if that is less."""
+LEAST_KEPT = 16
+"""Tokens of a conclusion and of a short answer: where fewer would be kept, as of a caption, nothing is concluded."""
+KANA = ("Hiragana", "Katakana")
+"""Of Japanese, which needs both, and Han."""
 
 
 def switch(default: Any, help: str, within: str = "at most", most: float = UNLIMITED) -> Any:
@@ -44,7 +48,7 @@ class Policy:
     look: int = switch(0, "times at most that the model is reminded to look at the image again", most=16)
     look_after: int = switch(512, "tokens since the image was last mentioned before that", "at least")
     look_entropy: float = switch(1.5, "nats of entropy, averaged over the last tokens, above which it is", "at least")
-    sure: float = switch(0.0, "probability of its marker at which the model is made to conclude; 0: never", "at least")
+    sure: float = switch(0.0, "probability of a marker's beginning at which it concludes; 0: never", "at least")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -140,6 +144,8 @@ class Orders(NamedTuple):
         """With the budget of an output that may have so many tokens, where it is what these leave (LEFT)."""
         if self.budget != LEFT:
             return self
+        if output < KEPT_FOR_ANSWER * LEAST_KEPT:
+            return self._replace(budget=UNLIMITED)
         return self._replace(budget=output - min(self.limit, output // KEPT_FOR_ANSWER))
 
 
@@ -149,9 +155,9 @@ XARG = "qvq_orders"
 
 def orders(policy: Policy, budget: int | None, scripts: int) -> Orders:
     """The orders for a request whose answer may use these scripts (bits), concluding after `budget` tokens, or LEFT."""
-    han = scripts & script_bits(["Han"]) & ~1
+    names = {name for at, name in enumerate(SCRIPTS) if scripts >> at & 1}
     return Orders(
         1, policy.loop, UNLIMITED if budget is None else budget, policy.answer_tokens, scripts, policy.language,
         policy.reasoning_language, policy.circling, policy.circling_after, policy.look, policy.look_after,
-        policy.look_entropy, policy.sure, bool(han),
+        policy.look_entropy, policy.sure, "Han" in names and not names & set(KANA),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from qvq_serve.governor.detect import word
 from qvq_serve.governor.policy import SCRIPTS, STRAY
 from qvq_serve.hooks.language import script
-from qvq_serve.hooks.markers import MARKERS
+from qvq_serve.hooks.markers import COLONS, MARKERS
 
 CONCLUSION = ("**", "Final", " Answer", "**", "\n\n")
 """Written piece by piece, on its own line. The tokenizer joins the last two: that tells it from the model's own."""
@@ -119,8 +119,17 @@ def conclusion_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def natural_markers(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """The markers by which a model concludes by itself, as the tokenizer writes them at a line's start and in one."""
-    return tuple(dict.fromkeys(tuple(encoded(tokenizer, lead + marker)) for marker in MARKERS for lead in ("", " ")))
+    """The markers by which a model concludes by itself, as the tokenizer writes them at a line's start and in one.
+
+    It joins a colon with what follows: with line ends, or a quotation mark.
+    """
+    whole = [*MARKERS, *(marker + tail for marker in COLONS for tail in ("\n", "\n\n", '"'))]
+    return tuple(dict.fromkeys(tuple(encoded(tokenizer, lead + marker)) for marker in whole for lead in ("", " ")))
+
+
+def marker_firsts(tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of the markers that are no headings, which begin every step of some answers."""
+    return tuple(sorted({encoded(tokenizer, marker)[0] for marker in MARKERS if not marker.startswith("#")}))
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

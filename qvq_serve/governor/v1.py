@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from qvq_serve.governor.adapter import make, read_orders
+from qvq_serve.governor.adapter import check_orders, make, read_orders
 from qvq_serve.governor.policy import Orders
 
 
@@ -18,6 +18,10 @@ class GovernorV1(LogitsProcessor):  # type: ignore[misc]
         self.outputs: list[list[int]] = [[] for _ in range(slots)]
         """Each row's output tokens: vLLM's own lists, which grow."""
         self.orders = [Orders()] * slots
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        check_orders(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         return False

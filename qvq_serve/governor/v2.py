@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from qvq_serve.governor.adapter import make, read_orders
+from qvq_serve.governor.adapter import check_orders, make, read_orders
 from qvq_serve.governor.policy import Orders
 
 
@@ -22,6 +22,10 @@ class GovernorV2(LogitsProcessor):  # type: ignore[misc]
         self.orders = [Orders()] * req_states.max_num_reqs
         self.fresh: list[int] = []
         """Slots that a request came into since the last step."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        check_orders(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         self.orders[req_idx] = read_orders(sampling_params)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from qvq_serve.governor.policy import LEFT, SCRIPTS, XARG, Orders, orders, read_policy, script_bits, within
+from qvq_serve.governor.policy import KANA, LEFT, SCRIPTS, XARG, Orders, orders, read_policy, script_bits, within
 from qvq_serve.hooks import Context, Hook, Refuse, content_parts
 from qvq_serve.hooks.language import scripts
 from qvq_serve.hooks.markers import MARKERS
@@ -50,6 +50,8 @@ class Governing(Hook):
             return  # nor does what may not be written
         if is_answering(request) or (request.ignore_eos and self.profile.governor == "on"):
             return  # its conclusion is in the prompt; or it is to go on, whatever it writes
+        if not any(part.get("type") == "image_url" for part in content_parts(request.messages)):
+            policy = replace(policy, look=0)
         budget = request.thinking_token_budget
         if budget is None or budget < 0:
             budget = LEFT
@@ -71,7 +73,8 @@ def question_scripts(request: Any) -> list[str]:
     texts = [message["content"] for message in request.messages
              if message.get("role") == "user" and isinstance(message.get("content"), str)]  # fmt: skip
     texts += [part.get("text") or "" for part in content_parts(request.messages)]
-    return [name if name in SCRIPTS else "Other" for name in scripts(" ".join(texts)) if name != "Greek"]
+    found = [name if name in SCRIPTS else "Other" for name in scripts(" ".join(texts)) if name != "Greek"]
+    return [*found, *KANA, "Han"] if set(found) & set(KANA) else found
 
 
 @dataclass

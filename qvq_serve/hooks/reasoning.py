@@ -24,6 +24,8 @@ from qvq_serve.hooks.request import is_answering, most_tokens
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
 PARSERS = "qvq_parsers"
 """Where a request's context keeps its parsers."""
+PROMPT_TOKENS = "qvq_prompt_tokens"
+"""Where it keeps the prompt's length, which vLLM shows to the first choice's parser alone."""
 STREAMING = "qvq_streaming"
 """What a request's context has once its stream begins, and with it the parsers of its choices."""
 
@@ -66,7 +68,6 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         self.answering = self.streaming = False
         self.results: list[Parsed] = []
         self.clear()
-        self.prompt_tokens = 0
         self.context = CONTEXT.get()
         if context := self.context:
             context.state.setdefault(PARSERS, []).append(self)
@@ -106,7 +107,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         Never to a stream, which would send such an answer past its parser, where nobody could count it.
         """
         turn, ids = self.vocab.get(TURN), list(input_ids)
-        self.prompt_tokens = len(ids)
+        if self.context:
+            self.context.state[PROMPT_TOKENS] = len(ids)
         start = len(ids) - ids[::-1].index(turn) if turn in ids else 0
         self.answering = bool(ENDED.search(self.model_tokenizer.decode(ids[start:])))
         return self.answering and not self.streaming
@@ -213,5 +215,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         """What the governor did to the choice, its answer beginning at one of its tokens."""
         if not self.context or not (given := self.context.state.get(GOVERNED)):
             return None
-        given = given.of(most_tokens(self.context.request, launched_profile(), self.prompt_tokens))
+        given = given.of(
+            most_tokens(self.context.request, launched_profile(), self.context.state.get(PROMPT_TOKENS, 0))
+        )
         return act(given, self.model_tokenizer, ids, answer)

@@ -69,10 +69,11 @@ def is_answering(request: Any) -> bool:
 
 
 def behind_reasoning(grammar: Any) -> Any:
-    """Any text up to a marker, then what the grammar describes. The model cannot stop before it has written that.
+    """Any text up to the first marker, then what the grammar describes. The model cannot stop before it has written it.
 
-    vLLM starts a grammar after the reasoning where a parser tells its end by a token; QVQ's ends by words. Raises
-    ValueError or RuntimeError for what cannot be compiled, or would not be enforced.
+    The other markers cannot be written: a budget of vLLM's, which does not know them, would write its own into the
+    answer. vLLM starts a grammar after the reasoning where a parser tells its end by a token; QVQ's ends by words.
+    Raises ValueError or RuntimeError for what cannot be compiled, or would not be enforced.
     """
     from vllm.parser.abstract_parser import structured_outputs_to_format
     from vllm.sampling_params import StructuredOutputsParams
@@ -85,7 +86,8 @@ def behind_reasoning(grammar: Any) -> Any:
     schema = json.loads(grammar.json) if isinstance(grammar.json, str) else grammar.json
     if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
         raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
-    reasoning = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": list(MARKERS)}
+    text = {"type": "any_text", "excludes": list(MARKERS[1:])}
+    reasoning = {"type": "tag", "begin": "", "content": text, "end": MARKERS[0]}
     gap = {"type": "regex", "pattern": "[:：]?[ \\n]{0,4}"}
     answer = structured_outputs_to_format(grammar).model_dump()
     if answer["type"] == "json_schema":

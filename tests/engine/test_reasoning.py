@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -82,6 +83,29 @@ def test_without_a_marker_the_conclusion_is_repeated() -> None:
     assert apart("One.\n\nTwo.") == ("One.\n\nTwo.", "Two.")
     assert apart("") == (None, None)
     assert apart("I know.\n\n**Final Answer**") == ("I know.", "I know.")
+
+
+def test_each_choice_knows_how_long_the_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM shows it to the first choice's parser; the others took a budget's end for a loop's."""
+    from qvq_serve.governor.policy import LEFT, Orders
+    from qvq_serve.hooks import CONTEXT, Context, reasoning
+    from qvq_serve.profile import Profile
+
+    profile, encode = Profile(max_model_len=2000, max_output_tokens=600), tokenizer().encode
+    monkeypatch.setattr(reasoning, "launched_profile", lambda: profile)
+    request = SimpleNamespace(max_tokens=600, max_completion_tokens=None, continue_final_message=False)
+    context = Context(request, state={reasoning.GOVERNED: Orders(1, 1, LEFT, 1024)})
+    token = CONTEXT.set(context)
+    try:
+        first, second = parser(), parser()
+    finally:
+        CONTEXT.reset(token)
+    first.is_reasoning_end([100] * 1600)  # leaves 400, and 300 of them for the reasoning
+    forced = [id for piece in ("\n\n", "**", "Final", " Answer", "**", "\n\n") for id in encode(piece)]
+    for one in (first, second):
+        ids = [*encode("a " * 300)[:300], *forced, *encode("4")]
+        one.extract_reasoning(tokenizer().decode(ids), None)
+        assert one.parsed(ids).act.why == "budget"
 
 
 texts = st.lists(
@@ -227,6 +251,20 @@ def test_a_grammar_holds_for_the_answer_and_leaves_the_reasoning_free(
     assert re.fullmatch(pattern, content)
     assert not re.search(pattern, reasoning)
     assert (qvq["ended"], qvq["reasoning_tokens"]) == ("concluded", form.get("thinking_token_budget", 150) + LATE)
+
+
+def test_a_grammar_knows_one_marker_as_vllms_budget_does() -> None:
+    """Behind another one the budget wrote its own into the answer, which the grammar then refused: a 500."""
+    from vllm.sampling_params import StructuredOutputsParams
+    from xgrammar import Grammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    from qvq_serve.hooks.request import behind_reasoning
+
+    tag = Grammar.from_structural_tag(behind_reasoning(StructuredOutputsParams(json=SCHEMA)).structural_tag)
+    accepted = {marker: _is_grammar_accept_string(tag, f'So, 最终.\n\n{marker}\n{{"total": 1}}')
+                for marker in ("**Final Answer", "**Final answer", "### Final Answer", "最终答案：")}  # fmt: skip
+    assert [marker for marker, good in accepted.items() if good] == ["**Final Answer"]
 
 
 def test_a_model_that_would_stop_before_its_answer_cannot(server: Server) -> None:

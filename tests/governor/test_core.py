@@ -18,7 +18,7 @@ MARKER = (390, 391, 392, 391, 390)
 NATURAL = ((391, 392, 393), (388, 392))
 PHRASES = ((380, 381, 382, 383), (384, 385))
 NEWLINE, WAIT, HAN, IMAGE, HALF, REST = 386, 387, 379, 378, 377, 376
-TEXT = Text(MARKER, END, (), NATURAL, PHRASES)
+TEXT = Text(MARKER, END, (), NATURAL, (388, 391), PHRASES)
 LOOP = Orders(governed=1, loop=1, limit=30)
 Model = Callable[[list[int]], int]
 
@@ -164,6 +164,28 @@ def test_a_preempted_request_goes_on_where_it_was(where: str) -> None:
     while END not in written[0] and len(written[0]) < 1000:
         advance(governor, [0], written, [looping(16)])
     assert len(conclusions(written[0])) == 1 and written[0][-1] == END
+
+
+def test_a_character_that_was_begun_before_a_preemption_is_finished_after_it() -> None:
+    """What it lacked was forgotten: its last bytes were masked, or a conclusion was written into it."""
+    governor = governing(1)
+    governor.begin([0], [LOOP], [[5, HALF]])
+    assert governor.open.tolist() == [2]
+    governor.begin([0], [LOOP], [[5, HALF, REST]])
+    assert governor.open.tolist() == [0]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_loops_are_found_in_every_stage_of_a_pipeline(stages: int) -> None:
+    """Each request's turn comes every so many steps, and half of them were never looked at."""
+    governor, slots = Governor(8, torch.device("cpu"), TEXT, vocabulary(), True, stages), range(8)
+    models, written = [looping(16)] * 8, [[] for _ in range(8)]  # type: ignore[var-annotated]
+    governor.begin(list(slots), [LOOP] * 8, [[]] * 8)
+    for step in range(600 * stages):
+        turn = [slot for slot in slots if slot % stages == step % stages and END not in written[slot]]
+        if turn:
+            advance(governor, turn, written, models)
+    assert all(conclusions(tokens) for tokens in written)
 
 
 def test_a_slot_forgets_who_was_in_it() -> None:

@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from qvq_serve.errors import UsageError
 from qvq_serve.governor.adapter import read_orders
 from qvq_serve.governor.policy import LEFT, UNLIMITED, XARG, Orders, Policy, orders, read_policy, script_bits, within
+from qvq_serve.governor.v1 import GovernorV1
 from qvq_serve.hooks import Context, Refuse
 from qvq_serve.hooks.governing import GOVERNED, Governing
 from qvq_serve.hooks.request import DEFAULT_LOOPS
@@ -114,6 +115,8 @@ def test_a_budget_is_what_the_prompt_and_the_hooks_leave_of_the_output() -> None
     given = Orders(*asked(Profile(governor="on"))[0].vllm_xargs[XARG])
     read = [read_orders(SamplingParams(max_tokens=n, extra_args={XARG: list(given)})) for n in (400, 100, 8192)]
     assert [one.budget for one in read] == [300, 75, 8192 - 1024]
+    # A caption or a class has no room for a conclusion beside an answer: "**Final" was all that was left of it.
+    assert Orders(1, 1, LEFT, 1024).of(24).budget == UNLIMITED
     assert Orders(1, 1, 50, 1024).of(20).budget == 50 and Orders().of(20).budget == UNLIMITED
 
 
@@ -127,6 +130,35 @@ def test_scripts_without_a_bit_of_their_own_are_allowed_where_they_are_asked_in(
     said = [{"role": "user", "content": [{"type": "text", "text": "இது என்ன α?"}]}]
     given = Orders(*asked(Profile(governor="on"), messages=said)[0].vllm_xargs[XARG])
     assert given.scripts == script_bits(["Other"])
+
+
+def test_japanese_is_one_language() -> None:
+    """A question without katakana got an answer that could have none, and a look-back in Chinese."""
+    said = [{"role": "user", "content": [{"type": "text", "text": "これは何ですか？"}]}]
+    given = Orders(*asked(Profile(governor="on"), messages=said)[0].vllm_xargs[XARG])
+    assert given.scripts == script_bits(["Hiragana", "Katakana", "Han"]) and not given.chinese
+
+
+def test_who_has_no_image_is_not_told_to_look_at_it() -> None:
+    looking = Profile(governor="on", governor_policy="look=2")
+    text = {"type": "text", "text": "What is 2 + 2?"}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    looks = [
+        Orders(*asked(looking, messages=[{"role": "user", "content": parts}])[0].vllm_xargs[XARG]).looks
+        for parts in ([text], [image, text])
+    ]
+    assert looks == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "given", [["x"] * 14, [1.0], list(range(20)), "orders", [float("nan")] * 14, 7, [1.0] * 13 + [5]]
+)
+def test_orders_that_a_client_sends_on_another_route_do_not_reach_the_engine(given: Any) -> None:
+    """They ended the worker, and so the engine."""
+    with pytest.raises(ValueError, match=r"vllm_xargs\.qvq_orders is the server's own"):
+        GovernorV1.validate_params(SamplingParams(extra_args={XARG: given}))
+    GovernorV1.validate_params(SamplingParams())
+    GovernorV1.validate_params(SamplingParams(extra_args={XARG: [float(number) for number in Orders()]}))
 
 
 def test_a_budget_becomes_the_governors_and_stays_vllms_where_it_is_not_to_conclude_by_it() -> None:

@@ -9,6 +9,7 @@ from qvq_serve.governor.tokens import (
     conclusion_tokens,
     encoded,
     left_open,
+    marker_firsts,
     natural_markers,
     read_vocabulary,
     spelled,
@@ -85,3 +86,17 @@ def test_words_that_circle_and_that_mention_the_image_are_single_tokens(vocabula
     assert {"wait", "hmm", "alternatively", "等等", "另外"} <= circling
     assert vocabulary.mentions[[token(" image"), token("图片"), token(" the")]].tolist() == [True, True, False]
     assert torch.equal(vocabulary.ends_step[[token(".\n\n"), token(".")]], torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("text", [
+    "**Final Answer**\n\n", "最终答案：190", "最终答案：\n\n190", '最终答案："190"', "最终答案:\n190",
+    "### Final Answer\n",
+])  # fmt: skip
+def test_a_marker_is_known_with_whatever_follows(text: str) -> None:
+    """The tokenizer joins a colon with the line end behind it, and the answer was taken for reasoning."""
+    ids = encoded(tokenizer(), text)
+    assert any(tuple(ids[: len(marker)]) == marker for marker in natural_markers(tokenizer()))
+
+
+def test_headings_are_no_sign_of_a_conclusion() -> None:
+    assert set(marker_firsts(tokenizer())) == {token("**"), token("最终")}

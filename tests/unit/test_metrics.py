@@ -11,6 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from qvq_serve import metrics
 from qvq_serve.api import scrape
+from qvq_serve.api.memory import export_governor
 
 OURS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
@@ -44,6 +45,14 @@ def test_metrics_are_served_at_an_address_of_ipv6() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_what_the_governor_did_is_told_by_the_stage_that_samples() -> None:
+    """A pipeline's first stage has a governor too, which does nothing: it was the one that was read."""
+    before = metrics.GOVERNOR.labels("found")._value.get()
+    known = export_governor({}, [{"found": 0, "loop": 0}, {"found": 3, "loop": 2}])
+    assert known == export_governor(known, [{}, {}]) == {"found": 3, "loop": 2}
+    assert metrics.GOVERNOR.labels("found")._value.get() - before == 3
 
 
 def test_a_prometheus_of_version_2_finds_vllms_names_as_they_are() -> None:
