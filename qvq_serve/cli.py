@@ -315,7 +315,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
     profile = resolved.profile
     if arguments.dry_run:
-        preflight.check_usage(profile)
+        preflight.check_usage(resolved)
         # Where this machine has no GPU, a model that needs them is shown as on one that has.
         queued = queue_limit(profile, gpus) if gpus or profile.model not in KNOWN else None
         print(engine.command(profile, gpus=len(gpus) or (profile.model in KNOWN), queued=queued))
@@ -398,10 +398,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
         for name in ("tp", "pp", "quantization", "kv_cache_dtype"):
             if (source := resolved.sources[name]) != "default":
                 raise UsageError(f"--fit chooses {flag(name)} itself, and {source} gives it; leave one of them out.")
-        check_usage(profile)  # of one GPU here: all but what is chosen
+        check_usage(resolved)  # of one GPU here: all but what is chosen
         made = advice.fit(profile, card, size, num_gpus, arguments.typical_output)
     else:
-        check_usage(profile)
+        check_usage(resolved)
         geometry = ModelGeometry.load(profile.model)
         made = memory.plan(profile, geometry, card, size, num_gpus, arguments.typical_output)
     would_fit = [] if made.fits else advice.suggestions(made)
@@ -428,7 +428,7 @@ def print_values(resolved: "Resolved", gpu: str | None) -> int:
             "the profile has no [hardware], or not for this split and precision, so --values needs a card: --gpu h100, "
             "for example."
         )
-    check_usage(resolved.profile)
+    check_usage(resolved)
     print(kubernetes.as_values(kubernetes.figures(resolved, gpu)))
     return 0
 

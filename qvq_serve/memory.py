@@ -156,15 +156,20 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
     )
 
 
-def weight_kind(profile: Profile, geometry: ModelGeometry) -> str:
-    """ "bf16", "fp8" or "int4": how the layers' weights lie in memory. Raises UsageError for a method unknown here."""
+def weight_kind(profile: Profile, geometry: ModelGeometry, source: str = "--quantization") -> str:
+    """ "bf16", "fp8" or "int4": how the layers' weights lie in memory. Raises UsageError for a method unknown here.
+
+    `source` is who gave `quantization`: the flag, a variable or a profile.
+    """
     config = geometry.quantization or {}
     own = config.get("quant_method")
     method = profile.quantization or own
     if method is None:
         return "bf16"
     if own and method not in (own, f"{own}_marlin"):
-        raise UsageError(f"--quantization {method}: the checkpoint is quantised already, with {own}; leave it out.")
+        by = "" if source == "--quantization" else f" of {source}"
+        remedy = f"give --quantization {own}" if by else "leave it out"
+        raise UsageError(f"--quantization {method}{by}: the checkpoint is quantised already, with {own}; {remedy}.")
     if method == "compressed-tensors":
         stored = {(weights.get("num_bits"), weights.get("type")) for weights in geometry.compressed_weights}
         kinds: dict[Any, str] = {(8, "float"): "fp8", (4, "int"): "int4"}

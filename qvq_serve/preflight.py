@@ -34,13 +34,14 @@ CPU_OVERHEAD_GIB = 5
 """Host memory of a server on the CPU beside weights and KV cache: three processes hold 4.4 GiB (2026-11-24)."""
 
 
-def check_usage(profile: Profile) -> None:
+def check_usage(resolved: Resolved) -> None:
     """What can be told from the flags and the model's config alone. Raises UsageError."""
+    profile = resolved.profile
     geometry = ModelGeometry.load(profile.model)
     check_split(geometry, profile)
     check_machines(profile, nodes(profile))
     check_encoder_budget(profile, engine_limits(profile, "", 80))
-    weight_kind(profile, geometry)
+    weight_kind(profile, geometry, resolved.sources.get("quantization", "--quantization"))
     if profile.kv_cache_dtype not in KV_CACHE_TYPES:
         known = ", ".join(KV_CACHE_TYPES)
         raise UsageError(f"--kv-cache-dtype {profile.kv_cache_dtype}: the plan does not know it; known: {known}.")
@@ -273,7 +274,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
     """The checks of a start on this machine, in their order; each raises UsageError, StartError or DoesNotFit."""
     profile = resolved.profile
     here = local_workers(profile)
-    yield lambda: check_usage(profile)
+    yield lambda: check_usage(resolved)
     yield lambda: check_image_dir(profile)
     yield lambda: check_gpus(resolved, gpus)
     if "--headless" not in given_flags(profile.vllm):

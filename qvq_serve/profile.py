@@ -125,6 +125,8 @@ class Profile:
         for name in NAMES:
             if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
                 raise UsageError(f"{flag(name)} {value}: it must be a finite number.")
+        if self.quantization == "":
+            raise UsageError("--quantization is empty; leave it out, or name one, for example fp8_per_channel.")
         for name, least in (
             ("tp", 1),
             ("pp", 1),

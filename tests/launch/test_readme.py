@@ -45,6 +45,13 @@ def test_the_figures_of_fp8_are_the_planners(tmp_path: Path, capsys: pytest.Capt
         found = {name: re.search(pattern, plan, re.M) for name, pattern in figures.items()}
         shown.append({name: match[1] for name, match in found.items() if match})
     load, made = shown
+    over = ["--profile", "qvq72b_h200x1_fp8", "--model", str(tmp_path)]
+    assert main(["plan", "--gpu", "h200", *over, "--quantization", "compressed-tensors"]) == 0
+    assert main(["plan", "--gpu", "h200", *over]) == 2
+    assert (
+        "--quantization fp8_per_channel of qvq72b_h200x1_fp8: the checkpoint is quantised already, with "
+        "compressed-tensors; give --quantization compressed-tensors." in capsys.readouterr().err
+    )
     assert f"| weights on one H200 | {load['weights']} GiB | {made['weights']} GiB |" in TEXT
     assert (
         f"| its vision encoder | {load['vision_encoder']} GiB, in FP8 as well | {made['vision_encoder']} GiB, BF16 |"

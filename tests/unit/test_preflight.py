@@ -42,24 +42,24 @@ def with_gpus(profile: Profile) -> Resolved:
 
 def test_tensor_parallelism_that_does_not_divide_the_heads_is_refused_with_what_would_do() -> None:
     with pytest.raises(UsageError, match=r"--tp 3: the model's 64 attention heads .* 1, 2, 4, 8, 16 would do"):
-        check_usage(Profile(tp=3))
-    check_usage(Profile(tp=4))
+        check_usage(with_gpus(Profile(tp=3)))
+    check_usage(with_gpus(Profile(tp=4)))
 
 
 def test_the_vision_heads_bound_it_too_unless_the_encoder_is_split_by_data() -> None:
     with pytest.raises(UsageError, match="--tp 32: the model's 16 vision heads"):
-        check_usage(Profile(tp=32))
-    check_usage(Profile(tp=32, vllm=("--mm-encoder-tp-mode", "data")))
+        check_usage(with_gpus(Profile(tp=32)))
+    check_usage(with_gpus(Profile(tp=32, vllm=("--mm-encoder-tp-mode", "data"))))
 
 
 def test_more_context_than_the_model_has_is_refused() -> None:
     with pytest.raises(UsageError, match="--max-model-len 128001 is above the model's context of 128000"):
-        check_usage(Profile(max_model_len=128_001))
+        check_usage(with_gpus(Profile(max_model_len=128_001)))
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UsageError, match="--pp 81: the model has 80 layers"):
-        check_usage(Profile(pp=81))
+        check_usage(with_gpus(Profile(pp=81)))
 
 
 def test_a_missing_image_directory_is_named() -> None:
@@ -108,8 +108,8 @@ def test_groups_that_the_split_cuts_are_refused() -> None:
 def test_an_image_that_must_be_encoded_whole_and_is_larger_than_a_batch_is_refused() -> None:
     whole = ("--disable-chunked-mm-input", "--max-num-batched-tokens", "1024")
     with pytest.raises(UsageError, match="--max-visual-tokens 1280 is above --max-num-batched-tokens 1024"):
-        check_usage(Profile(vllm=whole))
-    check_usage(Profile(vllm=whole[1:]))
+        check_usage(with_gpus(Profile(vllm=whole)))
+    check_usage(with_gpus(Profile(vllm=whole[1:])))
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_would() -> None:

@@ -58,6 +58,7 @@ def test_every_value_has_a_source() -> None:
         ({"api_key": "a", "api_key_file": "b"}, "both an API key and --api-key-file are given"),
         ({"temperature": "3"}, "--temperature 3.0: it must be from 0 (greedy) to 2"),
         ({"top_p": "0"}, "--top-p 0.0: it is a share"),
+        ({"quantization": ""}, "--quantization is empty; leave it out, or name one"),
         ({"top_k": "0"}, "--top-k 0: it must be at least 1."),
         ({"max_output_tokens": "0"}, "--max-output-tokens 0: it must be at least 1."),
         ({"guard_url": "http://guard", "guard_timeout": "5"}, "--guard-timeout 5.0: it must be less than half of"),
