@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB
 from qvq_serve.memory import (
     card_memory,
@@ -46,8 +47,16 @@ class Figure:
 
 
 def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
-    """The chart's `plan` of a launch on the GPUs that its profile was made for, or on `gpu`; of one replica."""
+    """The chart's `plan` of a launch on the GPUs that its profile was made for, or on `gpu`; of one replica.
+
+    Raises UsageError for copies within one, which the chart does not count.
+    """
     profile, hardware = resolved.profile, resolved.hardware
+    if (copies := data_parallel(profile)) > 1:
+        raise UsageError(
+            f"--data-parallel-size {copies}: the chart's replicas have --tp x --pp GPUs; leave it out, and set the "
+            f"chart's replicas to {copies}."
+        )
     geometry = ModelGeometry.load(profile.model)
     demo = profile.model == DEMO
     gpus = workers(profile)
@@ -65,10 +74,8 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
     answer = math.ceil(min(profile.request_timeout, FIRST_TOKEN_S + profile.max_output_tokens * TOKEN_S))
     given = resolved.sources["drain_timeout"] != "default"
     drain = math.ceil(profile.drain_timeout) if given else answer
-    copies = data_parallel(profile)
-    split = f"tp {profile.tp} x pp {profile.pp}" + (f" x data parallelism {copies}" if copies > 1 else "")
     return {
-        "gpus": Figure(0 if demo else gpus, "none: a CPU" if demo else split),
+        "gpus": Figure(0 if demo else gpus, "none: a CPU" if demo else f"tp {profile.tp} x pp {profile.pp}"),
         "cpus": Figure(
             2 if demo else 2 * (2 + gpus),
             "the demo was measured on 2" if demo else f"two threads each for API, engine and {gpus} workers",

@@ -67,6 +67,9 @@ SUFFIXES = "kKmMgGtT"
 TYPICAL_TEXT = 256
 """Tokens of a typical request's text."""
 KV_CACHE_TYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+UNREAD = ("-O", "--attention-config", "--compilation-config", "--cpu-offload-gb", "--enable-lora",
+          "--kv-offloading-size", "--optimization-level", "--speculative-config")  # fmt: skip
+"""Flags of vLLM's that may change memory, and that the plan does not read."""
 USES = ("weights", "vision_encoder", "activation_peak", "encoder_cache", "cuda_graphs", "non_torch", "kv_cache")
 
 
@@ -81,6 +84,8 @@ class EngineLimits:
     whole_images: bool
     """An image is encoded in one batch, never in parts."""
     kv_cache_memory_bytes: int | None
+    processor_cache_bytes: int
+    """Of host memory, in the API process and in the engine each."""
     capture_sizes: tuple[int, ...]
     """Tokens of the batches that have CUDA graphs, ascending; none with --enforce-eager."""
 
@@ -144,6 +149,9 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         if not all(word.isdecimal() and int(word) for word in words):
             raise UsageError(f"--cudagraph-capture-sizes {' '.join(words)}: they are whole numbers from 1 up.")
         sizes = sorted({int(word) for word in words})
+    cache_gb = given.get("--mm-processor-cache-gb", "4")
+    if not re.fullmatch(r"\d+(\.\d*)?", cache_gb):
+        raise UsageError(f"--mm-processor-cache-gb {cache_gb}: it must be a number of GiB, 0 or more.")
     eager = "--enforce-eager" in given
     return EngineLimits(
         max_num_seqs=seqs,
@@ -152,6 +160,7 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         encoder_data_parallel=given.get("--mm-encoder-tp-mode") == "data",
         whole_images="--disable-chunked-mm-input" in given,
         kv_cache_memory_bytes=kv_bytes or None,
+        processor_cache_bytes=int(float(cache_gb) * GIB),
         capture_sizes=() if eager else tuple(size for size in sizes if size <= tokens),
     )
 
@@ -368,6 +377,11 @@ class MemoryPlan:
         return max(1, min(self.typical_output, self.profile.max_output_tokens, room))
 
     @property
+    def unread(self) -> list[str]:
+        """Flags that may change memory, and that the plan does not read."""
+        return [name for name in given_flags(self.profile.vllm) if name in UNREAD or re.fullmatch(r"-O\d", name)]
+
+    @property
     def fits(self) -> bool:
         return not self.problems
 
@@ -439,8 +453,8 @@ def plan_host(profile: Profile, geometry: ModelGeometry) -> dict[str, int]:
 
 def host_bytes(profile: Profile, limits: EngineLimits) -> int:
     """Host memory that grows with the limits: pinned token ids and M-RoPE positions (4 of INT32) for each sequence over
-    the context, and the processor cache of 4 GiB in the API process and in the engine."""
-    return limits.max_num_seqs * profile.max_model_len * 4 * FP32 + 2 * 4 * GIB
+    the context, and the processor cache in the API process and in the engine."""
+    return limits.max_num_seqs * profile.max_model_len * 4 * FP32 + 2 * limits.processor_cache_bytes
 
 
 CPU_QUEUED = 256
@@ -524,6 +538,7 @@ def as_table(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> str:
         f"{made.requests(made.typical_tokens):.1f} typical ones of {made.typical_tokens} "
         f"({profile.max_visual_tokens} of image, {TYPICAL_TEXT} of text, {made.output} of output)",
     ]
+    lines += [f"not in the plan: {', '.join(made.unread)}"] if made.unread else []
     lines += [f"does not fit: {problem}" for problem in made.problems]
     lines += [
         f"  would fit: {s['change']} ({s['flags']}): {s['kv_cache_tokens']} tokens of KV cache" for s in suggestions
@@ -545,5 +560,5 @@ def as_json(made: MemoryPlan, suggestions: list[dict[str, Any]]) -> dict[str, An
         "kv_bytes_per_token": made.kv_bytes_per_token, "kv_cache_tokens": made.kv_cache_tokens,
         "max_requests": {"at_max_model_len": round(made.requests(made.profile.max_model_len), 2),
                          "typical": round(made.requests(made.typical_tokens), 1)},
-        "fits": made.fits, "problems": made.problems, "suggestions": suggestions,
+        "not_in_the_plan": made.unread, "fits": made.fits, "problems": made.problems, "suggestions": suggestions,
     }  # fmt: skip

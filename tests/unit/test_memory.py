@@ -355,7 +355,21 @@ def test_replicas_by_data_have_room_for_as_many_more() -> None:
     assert queue_limit(two, cards) == pytest.approx(2 * queue_limit(one, cards), abs=1)
     made = plan(two, QVQ, *card_of(cards[0]), 8)
     assert "; at once in each of 2 replicas " in as_table(made, [])
-    assert figures(resolve({"tp": "4"}, {}, (), two.vllm), "h100")["gpus"].value == 8
+    with pytest.raises(UsageError, match=r"--data-parallel-size 2: .* set the chart's replicas to 2"):
+        figures(resolve({"tp": "4"}, {}, (), two.vllm), "h100")  # it gave 8 GPUs, which the chart refuses
+
+
+def test_the_processor_cache_is_read_and_flags_that_the_plan_does_not_read_are_named() -> None:
+    def made(*flags: str) -> MemoryPlan:
+        return planned(Profile(tp=4, vllm=flags), gpus=4)
+
+    assert made().host - made("--mm-processor-cache-gb", "0.5").host == 7 * GIB
+    assert "not in the plan" not in as_table(made("--max-num-seqs", "64", "--seed", "1"), [])
+    unread = ("--cpu-offload-gb=8", "-O3", "-cc.level=3", "--attention-config", '{"backend": "X"}')
+    named = "--cpu-offload-gb, -O3, --compilation-config, --attention-config"
+    assert f"\nnot in the plan: {named}" in as_table(made(*unread), [])
+    with pytest.raises(UsageError, match="--mm-processor-cache-gb lots: it must be a number of GiB"):
+        made("--mm-processor-cache-gb", "lots")
 
 
 def test_the_queue_is_twice_what_the_plan_has_room_for_and_never_above_vllms_sequences() -> None:
