@@ -12,7 +12,7 @@ from qvq_serve.profile import NAMES, OPTIONS, flag, option_type, variable
 
 if TYPE_CHECKING:
     from qvq_serve.gpu import Gpu
-    from qvq_serve.profile import Resolved
+    from qvq_serve.profile import ProfileFile, Resolved
 
 EPILOG = (
     "precedence: flag > QVQ_* variable (--max-images is QVQ_MAX_IMAGES) > --config file > --profile > default.\n"
@@ -113,7 +113,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     plan.add_argument(
         "--typical-output", type=counted(), default=2048, metavar="N", help="output tokens of a typical request"
     )
-    plan.add_argument("--fit", action="store_true", help="find the best setting for the cards, and print its flags")
+    plan.add_argument("--fit", action="store_true", help="choose model, tp, quantization and KV cache for the cards")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--values", action="store_true", help="print what Kubernetes must know, as values of the chart")
 
@@ -244,25 +244,31 @@ def chosen(arguments: argparse.Namespace, pick: bool = True) -> tuple["Resolved"
 
 def fitting(gpus: list["Gpu"]) -> str:
     """The name of the profile for these GPUs, said on stderr. Raises UsageError where none is made for them."""
-    from qvq_serve.profile import shipped_profiles
-
     if not gpus:
         say("no NVIDIA GPU is visible, so this serves the built-in demo model; --help says how to serve QVQ")
         return "demo"
     least = min(gpu.memory_gib for gpu in gpus)
-    fits = [p for p in shipped_profiles().values() if 0 < p.hardware.gpus <= len(gpus) and p.hardware.gpu_gib <= least]
-    if not fits:
+    best = made_for(len(gpus), least)
+    if not best:
         raise UsageError(
             f"no profile is made for {len(gpus)} x {gpus[0].name} ({least:.0f} GiB); choose with --profile, --model "
             "and --tp (`qvq-serve --profile list`), or `qvq-serve --demo`."
         )
-    # All the weights' precision that fits, then all the GPUs, then the profile made for the larger card.
-    best = max(
-        fits, key=lambda p: (p.name.endswith("bf16"), p.name.endswith("fp8"), p.hardware.gpus, p.hardware.gpu_gib)
-    )
     untested = "" if best.verified else "; untested"
     say(f"--profile {best.name} is chosen for {len(gpus)} x {gpus[0].name}: {best.description}{untested}")
     return best.name
+
+
+def made_for(gpus: int, gib: float) -> "ProfileFile | None":
+    """The shipped profile for cards of so many GiB: of the highest precision, then for the most and the largest."""
+    from qvq_serve.profile import shipped_profiles
+
+    fits = [p for p in shipped_profiles().values() if 0 < p.hardware.gpus <= gpus and p.hardware.gpu_gib <= gib]
+    return max(
+        fits,
+        key=lambda p: (p.name.endswith("bf16"), p.name.endswith("fp8"), p.hardware.gpus, p.hardware.gpu_gib),
+        default=None,
+    )
 
 
 def warn_of_variables() -> None:
@@ -376,6 +382,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     from qvq_serve import advice, memory
     from qvq_serve.engine import SECRET, refuse_owned
+    from qvq_serve.gpu import GIB
     from qvq_serve.model import ModelGeometry
     from qvq_serve.preflight import check_usage
     from qvq_serve.profile import workers
@@ -410,6 +417,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return 0 if made.fits else EXIT_DOES_NOT_FIT
     print(memory.as_table(made, would_fit))
     if arguments.fit:
+        if file := made_for(num_gpus, size / GIB):
+            print(f"\na shipped profile for these cards, which may have more room: --profile {file.name}", end="")
         given = {name for name in NAMES if resolved.sources[name] != "default"} - {*SECRET}
         shown = [name for name in NAMES if name in {*advice.FITTED, *given}]
         fields = {name: getattr(made.profile, name) for name in shown}

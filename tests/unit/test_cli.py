@@ -173,6 +173,8 @@ def test_plan_fit_prints_the_line_that_starts_it() -> None:
     done = qvq_serve("plan", "--gpu", "h100", "--num-gpus", "2", "--fit")
     line = "qvq-serve --model qvq-72b --tp 2 --quantization fp8_per_channel --kv-cache-dtype fp8"
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, line)
+    assert "which may have more room: --profile qvq72b_h100x2_fp8\n" in done.stdout
+    assert "a shipped profile" not in qvq_serve("plan", "--gpu", "60", "--num-gpus", "2", "--fit").stdout
 
 
 @pytest.mark.parametrize(
