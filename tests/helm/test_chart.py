@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +299,8 @@ def test_the_bench_and_the_helm_test_ask_the_service_with_a_key() -> None:
 
 
 @pytest.mark.parametrize("program", ["qvq-bench", "qvq-serve"])
-def test_their_commands_are_ones_that_the_programs_take(program: str) -> None:
-    """Run as they are rendered, but for the server's address, against which nothing listens."""
+def test_their_commands_are_ones_that_the_programs_take(program: str, tmp_path: Path) -> None:
+    """Run as they are rendered, but for the address, at which a server becomes ready, and answers nothing else."""
     manifests = made("bench.enabled=true")
     pods = [
         m["spec"]["template"]["spec"] if m["kind"] == "Job" else m["spec"]
@@ -306,12 +308,28 @@ def test_their_commands_are_ones_that_the_programs_take(program: str) -> None:
         if m["kind"] in ("Job", "Pod")
     ]
     (container,) = [p["containers"][0] for p in pods if f"exec {program} " in str(p["containers"][0]["command"])]
-    command = [part.replace("http://qvq:", "http://127.0.0.9:") for part in container["command"]]
-    bin = str(Path(sys.executable).parent)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False,
-                          env={"PATH": f"{bin}:{os.environ['PATH']}", "HOME": "/tmp"})  # fmt: skip
+    asked: list[str] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(200 if asked == ["/ready"] * 2 else 503)
+
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o755)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = [part.replace("http://qvq:8000", url) for part in container["command"]]
+        path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False,
+                              env={"PATH": path, "HOME": "/tmp"})  # fmt: skip
+        server.shutdown()
     assert done.returncode in (2, 3), done.stderr
-    assert "127.0.0.9" in done.stderr and "usage:" not in done.stderr and "Traceback" not in done.stderr
+    assert url in done.stderr and "usage:" not in done.stderr and "Traceback" not in done.stderr
+    waited = ["not ready: urllib.error.HTTPError: HTTP Error 503: Service Unavailable"]
+    assert done.stdout.splitlines() == (waited if program == "qvq-bench" else [])
+    assert asked[:2] == ["/ready"] * 2 or program == "qvq-serve"
 
 
 def test_the_profile_that_is_mounted_is_the_file_of_launch_profiles() -> None:
@@ -439,6 +457,11 @@ BAD = [
     ("autoscaling.kvCacheUse=85", "/autoscaling/kvCacheUse"),
     ("inferencePool.enabled=true", "inferencePool.endpointPicker.name is empty"),
     ("inferencePool.enabled=true,router.enabled=true", "inferencePool.enabled and router.enabled are both true"),
+    (
+        "bench.enabled=true,router.enabled=true",
+        "bench.enabled is true, and replicas, autoscaling.max or",
+    ),
+    ("bench.enabled=true,replicas=2,weights.accessMode=ReadWriteMany", "measure one replica without a router"),
     ("router.policy=fastest", "/router/policy"),
     ("service.metricsPort=8000", "service.port and service.metricsPort are both 8000"),
     ("networkPolicy.imageNetworks={example.com}", "/networkPolicy/imageNetworks/0"),
