@@ -44,7 +44,10 @@ Result = tuple[str, dict[str, Any]]
 
 def write(results: list[tuple[Path, dict[str, Any]]], out: Path, users: int | None) -> str:
     """Writes the page; returns the Markdown table. Raises UsageError where there is nothing to show."""
-    named = [(path.stem, found) for path, found in results]
+    stems = [path.stem for path, _ in results]
+    named = [
+        (path.stem if stems.count(path.stem) == 1 else str(path.with_suffix("")), found) for path, found in results
+    ]
     empty = [str(path) for path, found in results if not found["steps"]]
     if empty:
         raise UsageError(f"{empty[0]}: has no step; nothing was measured.")

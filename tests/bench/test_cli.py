@@ -231,6 +231,10 @@ def test_several_results_are_in_one_report(swept: Path, url: str, tmp_path: Path
     other = tmp_path / "other.json"
     assert sweep(url, other, plan=QUICK + ",limit=5").returncode == 0
     page = tmp_path / "report.html"
+    same_name = tmp_path / "b" / swept.name
+    same_name.parent.mkdir()
+    same_name.write_text(swept.read_text())
+    assert f"| {same_name.with_suffix('')} |" in bench("report", swept, same_name, "--out", page).stdout
     done = bench("report", swept, other, "--out", page)
     assert "| sweep | - | 3 users |" in done.stdout and "| other | - | 5 users |" in done.stdout
     compared = bench("compare", swept, other)
