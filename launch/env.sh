@@ -73,6 +73,8 @@ fetch_kernels() {  # THE ENVIRONMENT'S SUM
 make_environment() {  # EXTRA…
     local extra extras wanted done_file
     extra=$(find_extra) || exit
+    [ "$extra${QVQ_EXTRA:-}" != cpu ] || ! compgen -G "$VENV/.made-gpu*" > /dev/null ||
+        fail "$VENV was made for GPUs, and none is visible here; QVQ_EXTRA=cpu makes it one for CPUs, for all who share it."
     extras=$(IFS=,; echo "$extra${*:+,$*}")
     wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints-$extra.txt" "$ROOT/launch/env.sh" | sha256sum)
     done_file="$VENV/.made-$extras"

@@ -318,6 +318,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from qvq_serve import engine, interrupt, preflight
     from qvq_serve.memory import queue_limit
     from qvq_serve.model import KNOWN, locate, missing_files
+    from qvq_serve.profile import given_flags
 
     profile = resolved.profile
     if arguments.dry_run:
@@ -330,7 +331,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     for passed_over in preflight.check_start(resolved, gpus, arguments.force):
         say(f"--force goes on against this: {passed_over}")
     launch = engine.command(profile, gpus=len(gpus), queued=queue_limit(profile, gpus))
-    if profile.model in KNOWN and missing_files(locate(profile.model)):
+    made_up = given_flags(profile.vllm).get("--load-format") == "dummy"
+    if profile.model in KNOWN and not made_up and missing_files(locate(profile.model)):
         from qvq_serve.download import download
 
         engine.rehearse(profile, launch.argv)  # a slip is said before 147 GB come

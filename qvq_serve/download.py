@@ -1,18 +1,20 @@
 """A model's files onto this disk, by the hubs' own libraries: space checked first, resumed, hashes checked."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qvq_serve.errors import QvqError, StartError, UsageError, nearest
 from qvq_serve.gpu import GIB
-from qvq_serve.model import KNOWN, locate, missing_files
+from qvq_serve.model import KNOWN, UNFINISHED, locate, missing_files
 
 BLOCK_BYTES = 8 * 2**20
 WAIT_S = 5.0
@@ -58,9 +60,15 @@ def download(model: str, source: str | None = None, to: str | None = None) -> Pa
     except OSError as error:
         raise StartError(f"{target} cannot be written: {reason(error)}; --to or QVQ_CACHE names another.") from None
     try:
-        files = list_files(known.repo)
-        check_space(target, files)
-        fetch(known.repo, target, files)
+        with alone(target) as waited:
+            if waited and not missing_files(target):
+                return target  # another process brought it meanwhile
+            files = list_files(known.repo)
+            check_space(target, files)
+            if missing_files(target):  # not where whole files are looked at again, which may be served meanwhile
+                (target / UNFINISHED).touch()
+            fetch(known.repo, target, files)
+            (target / UNFINISHED).unlink(missing_ok=True)
     except QvqError:
         raise
     except OSError as error:  # requests' and the hubs' network errors are OSErrors too
@@ -72,6 +80,25 @@ def download(model: str, source: str | None = None, to: str | None = None) -> Pa
     if lacking := missing_files(target):
         raise StartError(f"{known.repo} from {source} has no {', '.join(lacking[:3])}; {target} cannot be served.")
     return target
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[bool]:
+    """A directory for this process, of those on all machines that share it; whether another one had it first.
+
+    The hubs' libraries lock their files in a cache of each machine's own, and two of them cut each other's short.
+    """
+    with (target / ".qvq-download.lock").open("w") as lock:
+        waited = False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = True
+            print(f"qvq-serve: another process downloads to {target}; waiting", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield waited
 
 
 def wait(model: str, to: str | None = None) -> Path:

@@ -52,7 +52,17 @@ OWNED = {f.metadata["vllm"]: flag(f.name) for f in OPTIONS if f.metadata["vllm"]
     "--sse-keep-alive-interval": "--keep-alive",
     "--structured-outputs-config": None,
     "--reasoning-config": "--thinking-budget",
+    # Other servers than the one that our keys, limits and drain stand before.
+    "--grpc": None,
+    "--grpc-port": None,
+    "--data-parallel-multi-port-external-lb": None,
+    "--device-ids": "CUDA_VISIBLE_DEVICES",  # which the checks, the plan and the metrics follow
 }
+OTHER_SERVERS = {
+    "VLLM_USE_RUST_FRONTEND": "serves without keys, limits and drain",
+    "VLLM_API_KEY": "is asked for behind qvq-serve's own key, so that nobody gets in; give QVQ_API_KEY",
+}
+"""Variables of vLLM's, and what is wrong with each."""
 
 
 @dataclass(frozen=True)

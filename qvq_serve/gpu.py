@@ -79,15 +79,20 @@ def visible_gpus() -> list[Gpu]:
 
     try:
         with nvml() as driver:
-            handles = [driver.nvmlDeviceGetHandleByIndex(i) for i in range(driver.nvmlDeviceGetCount())]
-            gpus = [
-                Gpu(i, str(driver.nvmlDeviceGetName(handle)), int(driver.nvmlDeviceGetMemoryInfo(handle).total))
-                for i, handle in enumerate(handles)
-            ]
-            uuids = [str(driver.nvmlDeviceGetUUID(handle)) for handle in handles]
+            gpus, uuids, lost = [], [], {}
+            for index in range(driver.nvmlDeviceGetCount()):
+                try:
+                    handle = driver.nvmlDeviceGetHandleByIndex(index)
+                    memory = int(driver.nvmlDeviceGetMemoryInfo(handle).total)
+                    uuids.append(str(driver.nvmlDeviceGetUUID(handle)))
+                    gpus.append(Gpu(index, str(driver.nvmlDeviceGetName(handle)), memory))
+                except driver.NVMLError as error:  # it fell off the bus: nobody need use it
+                    lost[str(index)] = error
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if bad := [name for name in lost if listed is None or name in [part.strip() for part in listed.split(",")]]:
+        raise StartError(f"GPU {bad[0]} fails: {lost[bad[0]]}; CUDA_VISIBLE_DEVICES can name the others.")
     if listed is None:
         return gpus
     if listed.startswith("MIG-"):

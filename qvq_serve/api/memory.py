@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from typing import Any
 
 from qvq_serve import metrics
@@ -83,8 +84,17 @@ async def watch(engine_client: Any, profile: Profile) -> None:
     measured = await engine_client.collective_rpc("qvq_memory")
     report(planned_uses(profile, gpus), measured, gpus)
     counted: dict[str, int] = {}
+    failed = ""
     while True:
-        await asyncio.to_thread(export, measured, gpus)  # the driver is asked, and streams must not wait for it
+        try:
+            await asyncio.to_thread(export, measured, gpus)  # the driver is asked, and streams must not wait for it
+            failed = ""
+        except StartError as error:  # of the driver, which may come back
+            for gpu in gpus:
+                metrics.HEADROOM.labels(str(gpu.index)).set(math.nan)
+            if str(error) != failed:
+                failed = str(error)
+                log.warning("memory of the cards is not known: %s", failed)
         await asyncio.sleep(POLL_S)
         if engine_client.errored:
             return

@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qvq_serve.model import UNFINISHED, missing_files
 from tests.download.hub import MODEL, WEIGHTS, Hub
 
 
@@ -156,6 +158,53 @@ def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(hub: Hub, tmp_path: Pa
     done = qvq_serve(hub, tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     assert_whole(tmp_path / "model")
+
+
+@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+def test_two_machines_that_share_a_directory_bring_its_files_once(hub: Hub, tmp_path: Path, source: str) -> None:
+    """Each had the hub's lock in its own home, cut the other's file short, and found it whole."""
+    began, go_on = threading.Event(), threading.Event()
+    hub.before_weights = lambda: (began.set(), go_on.wait(60))
+    command = [sys.executable, "-m", "qvq_serve", "download", "--source", source, "--to", str(tmp_path / "model")]
+    homes = [tmp_path / "a", tmp_path / "b"]
+    running = []
+    for home in homes:
+        home.mkdir()
+        environ = os.environ | hubs(hub, home)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, **pipes, text=True, env=environ))
+        assert began.wait(60)
+    second = running[1]
+    assert second.stderr and "another process downloads to" in second.stderr.readline()
+    go_on.set()
+    ends = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], ends
+    assert_whole(tmp_path / "model")
+    assert len(hub.ranges) == 1
+
+
+@pytest.mark.parametrize("source", ["modelscope", "huggingface"])
+def test_a_download_that_was_killed_before_its_hashes_were_checked_is_not_done(
+    hub: Hub, tmp_path: Path, source: str
+) -> None:
+    """All files had their names and sizes by then."""
+    assert download(hub, tmp_path / "model", "--source", source).returncode == 0
+    assert missing_files(tmp_path / "model") == []
+    (tmp_path / "model" / UNFINISHED).touch()
+    assert len(missing_files(tmp_path / "model")) == 1
+    assert download(hub, tmp_path / "model", "--source", source).returncode == 0
+    assert missing_files(tmp_path / "model") == []
+    hub.files[WEIGHTS] = bytes(len(hub.files[WEIGHTS]))  # of the right size
+    shutil.rmtree(tmp_path / "model")
+    assert_failed(download(hub, tmp_path / "model", "--source", source))
+    assert any(UNFINISHED in lacking for lacking in missing_files(tmp_path / "model"))
+
+
+def test_made_up_weights_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    start = ["--model", "qvq-72b", "--force", "--port", "18996", "--", "--load-format", "dummy"]
+    done = qvq_serve(hub, tmp_path, *start, QVQ_CACHE=str(tmp_path))
+    assert_failed(done, "has no config.json, which --load-format dummy")
+    assert hub.ranges == []
 
 
 def test_a_repository_without_weights_cannot_be_served(hub: Hub, tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ if seen.exists():
 seen.touch()
 """
 DIES_ONCE = ONCE + 'sys.exit(int(os.environ["CODE"]))'
+HELD = """
+seen = pathlib.Path("seen" + rank)
+tried = len(seen.read_text()) if seen.exists() else 0
+seen.write_text("x" * (tried + 1))
+say(f"try {tried}")
+sys.exit([5, 3, 3, 0][tried] if os.environ["HELD"] == "a while" else [5, 3][min(tried, 1)])
+"""
+"""A card whose memory the driver has not yet given back."""
 NODE_1_DIES_ONCE = f"""{ONCE}
 while not (pathlib.Path("seen0").exists() and pathlib.Path("seen1").exists()):
     time.sleep(0.01)
@@ -194,6 +202,19 @@ def test_a_dead_server_is_started_again_and_a_refused_start_is_not(
     ended, said = end(start(name, server=DIES_ONCE, **variables))
     assert (ended, "serving again" in said) == ((0, True) if again else (code, False))
     assert (f"ended with exit code {code}, and is started again" in said) == again
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_dead_servers_card_is_waited_for_a_while(start: Callable[..., subprocess.Popen[str]], name: str) -> None:
+    """Its workers' memory was still on the card 10 s later, and the job ended."""
+    code, said = end(start(name, server=HELD, HELD="a while", SLURM_NNODES="1"))
+    assert (code, said.count("try ")) == (0, 4)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_card_that_stays_in_use_ends_the_job(start: Callable[..., subprocess.Popen[str]], name: str) -> None:
+    code, said = end(start(name, server=HELD, HELD="for ever", SLURM_NNODES="1"))
+    assert (code, said.count("try ")) == (3, 7)
 
 
 @pytest.mark.parametrize(("telling", "told"), [("0.3", True), ("25", False)], ids=["lives", "hangs"])

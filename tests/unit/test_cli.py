@@ -243,6 +243,34 @@ def test_a_driver_that_fails_is_no_machine_without_gpus(tmp_path: Path) -> None:
         assert qvq_serve("plan", "--gpu", "h200", "--tp", "2", PYTHONPATH=f"{tmp_path}").returncode == 0
 
 
+FOUR_CARDS = """
+class NVMLError(Exception): pass
+class NVMLError_LibraryNotFound(NVMLError): pass
+class NVMLError_DriverNotLoaded(NVMLError): pass
+class Memory: total = 80 * 2**30
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return 4
+def nvmlDeviceGetHandleByIndex(index):
+    if index == 3: raise NVMLError("GPU is lost")
+    return index
+def nvmlDeviceGetMemoryInfo(card): return Memory
+def nvmlDeviceGetUUID(card): return f"GPU-{card}abc"
+def nvmlDeviceGetName(card): return "NVIDIA H100"
+"""
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("0,1", 0), ("GPU-1", 0), ("", 0), ("2,3", 3), (None, 3)])
+def test_a_card_that_fell_off_the_bus_stops_only_who_would_use_it(
+    tmp_path: Path, chosen: str | None, code: int
+) -> None:
+    (tmp_path / "pynvml.py").write_text(FOUR_CARDS)
+    environ = {"PYTHONPATH": f"{tmp_path}"} | ({} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen})
+    done = qvq_serve("--model", "demo", "--dry-run", **environ)
+    assert done.returncode == code, done.stderr
+    assert ("GPU 3 fails: GPU is lost; CUDA_VISIBLE_DEVICES can name the others" in done.stderr) == (code == 3)
+
+
 def test_plan_fit_keeps_what_it_does_not_choose() -> None:
     done = qvq_serve("plan", "--gpu", "h100", "--num-gpus", "2", "--fit", "--max-images", "2", "--", "--seed", "1")
     assert done.stdout.splitlines()[-1].endswith("--kv-cache-dtype fp8 --max-images 2 -- --seed 1")

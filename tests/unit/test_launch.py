@@ -99,6 +99,16 @@ def test_a_gpus_environment_is_made_where_flashinfers_kernels_cannot_be_fetched(
         assert ("serve.sh: FlashInfer's kernels could not be fetched (vllm download" in done.stderr) == bool(code)
 
 
+def test_a_machine_without_a_card_leaves_a_gpus_environment_alone(checkout: Path) -> None:
+    """A login node's bench.sh put vLLM for CPUs under the server of the cluster's shared checkout."""
+    stamp = checkout / ".venv/.made-gpu"
+    stamp.parent.mkdir(parents=True)
+    stamp.write_text("sum")
+    done = launch(checkout, QVQ_EXTRA="", QVQ_PYTHON=sys.executable)
+    assert done.returncode and "was made for GPUs, and none is visible here; QVQ_EXTRA=cpu" in done.stderr, done.stderr
+    assert stamp.read_text() == "sum"
+
+
 def test_an_environment_is_made_once_for_each_launcher_and_again_for_another_machine(checkout: Path) -> None:
     """serve.sh and bench.sh undid each other's stamp, so each alternate call ran pip, which a node offline cannot."""
     python = checkout / ".venv/bin/python"

@@ -1,5 +1,7 @@
 """Our metrics by Prometheus' own rules."""
 
+import asyncio
+import math
 import shutil
 import socket
 import subprocess
@@ -10,8 +12,11 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_lates
 from prometheus_client.metrics import MetricWrapperBase
 
 from qvq_serve import metrics
-from qvq_serve.api import scrape
+from qvq_serve.api import memory, scrape
 from qvq_serve.api.memory import export_governor
+from qvq_serve.errors import StartError
+from qvq_serve.gpu import Gpu
+from qvq_serve.profile import Profile
 
 OURS = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
 
@@ -53,6 +58,33 @@ def test_what_the_governor_did_is_told_by_the_stage_that_samples() -> None:
     known = export_governor({}, [{"found": 0, "loop": 0}, {"found": 3, "loop": 2}])
     assert known == export_governor(known, [{}, {}]) == {"found": 3, "loop": 2}
     assert metrics.GOVERNOR.labels("found")._value.get() - before == 3
+
+
+def test_a_driver_that_fails_for_a_while_does_not_end_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error ended them, and the headroom stayed at its last, healthy value."""
+
+    class Workers:
+        errored, asked = False, 0
+
+        async def collective_rpc(self, what: str) -> list[dict[str, int]]:
+            self.asked += 1
+            self.errored = self.asked == 4
+            return [{}]
+
+    left: list[float] = []
+
+    def export(*_: object) -> None:
+        left.append(metrics.HEADROOM.labels("7")._value.get())
+        if len(left) == 2:
+            raise StartError("the NVIDIA driver fails: Unknown Error")
+        metrics.HEADROOM.labels("7").set(50)
+
+    monkeypatch.setattr(memory, "visible_gpus", lambda: [Gpu(7, "NVIDIA H200", 2**37)])
+    monkeypatch.setattr(memory, "planned_uses", lambda *_: {})
+    monkeypatch.setattr(memory, "export", export)
+    monkeypatch.setattr(memory, "POLL_S", 0)
+    asyncio.run(memory.watch(Workers(), Profile()))
+    assert left[1] == 50 and math.isnan(left[2]) and metrics.HEADROOM.labels("7")._value.get() == 50
 
 
 def test_a_prometheus_of_version_2_finds_vllms_names_as_they_are() -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from qvq_serve.cli import main
+from qvq_serve.engine import OTHER_SERVERS
 from qvq_serve.errors import DoesNotFit, StartError, UsageError
 from qvq_serve.gpu import GIB, Gpu
 from qvq_serve.memory import MemoryPlan, plan
 from qvq_serve.model import ModelGeometry
 from qvq_serve.preflight import (
+    check_build,
     check_compiler,
     check_driver,
+    check_environment,
     check_flashinfer,
     check_gpus,
     check_groups,
@@ -131,8 +134,27 @@ def test_check_ends_with_4_for_a_plan_that_does_not_fit_these_cards(
     monkeypatch.setattr("qvq_serve.preflight.driver_version", lambda: "580.0")
     monkeypatch.setattr("qvq_serve.preflight.processes_on", lambda _: [])
     monkeypatch.setattr("qvq_serve.preflight.check_compiler", lambda: None)
+    monkeypatch.setattr("qvq_serve.preflight.check_build", lambda: None)
     assert main(["check", "--tp", "1", "--port", "18996"]) == 4
     assert "weights and working memory take 142.3 GiB" in capsys.readouterr().err
+
+
+def test_vllm_for_cpus_is_no_server_for_gpus() -> None:
+    """147 GB came before it said so."""
+    with pytest.raises(StartError, match="this environment has vLLM for CPUs, and GPUs are visible"):
+        check_build()  # these tests' own
+    assert check_build in list(machine_checks(with_gpus(Profile()), [H100]))
+
+
+@pytest.mark.parametrize("name", OTHER_SERVERS)
+def test_variables_by_which_vllm_would_serve_otherwise_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_environment()
+    monkeypatch.setenv(name, "0")
+    check_environment()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError, match=f"{name} is set, and vLLM then"):
+        check_environment()
+    assert check_environment in list(machine_checks(with_gpus(Profile()), [H100]))
 
 
 def test_a_card_that_others_use_is_refused_with_their_pids() -> None:
@@ -248,8 +270,12 @@ def test_a_model_directory_with_a_shard_cut_short_is_refused(tmp_path: Path) -> 
         check_model(Profile(model=str(tmp_path)))
 
 
-def test_made_up_weights_need_no_files(tmp_path: Path) -> None:
-    check_model(Profile(model=str(tmp_path), vllm=("--load-format", "dummy")))
+def test_made_up_weights_need_no_files_of_weights(tmp_path: Path) -> None:
+    made_up = Profile(model=str(tmp_path), vllm=("--load-format", "dummy"))
+    with pytest.raises(StartError, match=r"has no config\.json, which --load-format dummy needs too"):
+        check_model(made_up)
+    (tmp_path / "config.json").touch()
+    check_model(made_up)
 
 
 def test_each_of_several_machines_needs_its_share_of_the_gpus() -> None:

@@ -122,7 +122,7 @@ def test_vllm_tables_become_arguments_and_what_follows_the_dashes_replaces_them(
 def test_the_key_is_the_first_of_its_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("# of the tenants, one a line\n\nhush\nold\n")
-    assert Profile(api_key_file=str(file)).key() == "hush"
+    assert Profile(api_key_file=str(file)).key() == Profile(api_key="hush\n").key() == "hush"
     for none in ("\n", "# of the tenants, one a line\n"):
         file.write_text(none)
         with pytest.raises(UsageError, match="has no key; it must be keys, one a line"):
