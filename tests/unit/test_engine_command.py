@@ -79,6 +79,17 @@ def test_the_memory_probe_of_the_workers_cannot_be_replaced() -> None:
         command(Profile(vllm=("--worker-extension-cls", "x.Y")), gpus=1)
 
 
+@pytest.mark.parametrize("flag", ["--grpc", "--grpc_port=50051", "--data-parallel-multi-port-external-lb"])
+def test_another_server_of_vllms_which_knows_no_keys_is_refused(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{flag} after -- is used by qvq-serve itself"):
+        command(Profile(vllm=(flag,)), gpus=1)
+
+
+def test_cards_are_named_where_the_checks_and_metrics_see_it() -> None:
+    with pytest.raises(UsageError, match="--device-ids after -- is set by qvq-serve's own CUDA_VISIBLE_DEVICES"):
+        command(Profile(vllm=("--device-ids", "4,5")), gpus=2)
+
+
 @pytest.mark.parametrize("flag", ["--speculative-config", "-sc.method", "--spec-method=ngram", "--spec_tokens"])
 def test_speculation_is_refused_beside_the_governor_and_on_a_cpu(flag: str) -> None:
     with pytest.raises(UsageError, match="after -- cannot run beside --governor observe"):
