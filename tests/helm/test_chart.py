@@ -202,7 +202,7 @@ def test_images_are_fetched_from_the_named_networks_only() -> None:
 
 
 def test_a_replica_of_two_machines_has_half_of_its_gpus_on_each() -> None:
-    made = one("two-nodes", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    made = one("two-nodes", "LeaderWorkerSet", "qvq-nodes")["spec"]["leaderWorkerTemplate"]
     assert made["size"] == 2
     leader, worker = (made[key]["spec"]["containers"][0] for key in ("leaderTemplate", "workerTemplate"))
     assert leader["resources"]["limits"]["nvidia.com/gpu"] == worker["resources"]["limits"]["nvidia.com/gpu"] == "4"
@@ -213,13 +213,81 @@ def test_a_replica_of_two_machines_has_half_of_its_gpus_on_each() -> None:
 
 @pytest.mark.parametrize(("index", "part"), [("0", ""), ("1", " --headless")])
 def test_qvq_serve_takes_the_arguments_of_each_machine(index: str, part: str) -> None:
-    made = one("two-nodes", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
-    own = {"$(LWS_WORKER_INDEX)": index, "$(LWS_LEADER_ADDRESS)": "qvq-0.qvq"}
+    made = one("two-nodes", "LeaderWorkerSet", "qvq-nodes")["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+    own = {"$(LWS_WORKER_INDEX)": index, "$(LWS_LEADER_ADDRESS)": "qvq-nodes-0.qvq-nodes"}
     own["/etc/qvq/profile.toml"] = str(CHART / "profiles" / "qvq72b_h100x8_bf16.toml")
     arguments = [own.get(argument, argument) for argument in made["spec"]["containers"][0]["args"]]
     command = [sys.executable, "-m", "qvq_serve", *arguments, "--dry-run"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert shown.rstrip().endswith(f"--nnodes 2 --node-rank {index} --master-addr qvq-0.qvq{part}")
+    assert shown.rstrip().endswith(f"--nnodes 2 --node-rank {index} --master-addr qvq-nodes-0.qvq-nodes{part}")
+
+
+def test_no_service_has_the_name_of_a_leader_worker_set() -> None:
+    """Its controller makes a headless one of that name, for the leader's address, and took the API's for it."""
+    made = manifests("two-nodes")
+    sets = {m["metadata"]["name"] for m in made if m["kind"] == "LeaderWorkerSet"}
+    assert sets and not sets & {m["metadata"]["name"] for m in made if m["kind"] == "Service"}
+    scaled = yaml.safe_load_all(template("--values", str(CHART / "ci" / "two-nodes-values.yaml"), "--set",
+                                         "autoscaling.kind=hpa,weights.accessMode=ReadWriteMany").stdout)  # fmt: skip
+    [hpa] = [m for m in scaled if m and m["kind"] == "HorizontalPodAutoscaler"]
+    assert {hpa["spec"]["scaleTargetRef"]["name"]} == sets
+
+
+def made_with(*arguments: str) -> list[dict[str, Any]]:
+    done = template(*arguments)
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+def test_a_variable_of_ones_own_takes_the_place_of_the_charts() -> None:
+    """Two of a name are refused by the API server, where Helm 4 applies on its side."""
+    names = {"QVQ_HOST": "::", "HOME": "/elsewhere", "QVQ_MAX_IMAGES": "2"}
+    given = [{"name": name, "value": value} for name, value in names.items()]
+    both = "settings.max_images=8,router.enabled=true"
+    made = made_with("--set-json", f"extraEnv={json.dumps(given)}", "--set", both)
+    for pod in (m["spec"]["template"]["spec"] for m in made if m["kind"] in ("Deployment", "Job")):
+        for container in pod["containers"]:
+            env = [entry["name"] for entry in container.get("env", [])]
+            assert len(env) == len(set(env)), env
+    server, router = (m["spec"]["template"]["spec"]["containers"][0] for m in made if m["kind"] == "Deployment")
+    if router["name"] == "server":
+        server, router = router, server
+    assert {entry["name"]: entry.get("value") for entry in server["env"]}.items() >= names.items()
+    assert "--host=::" in router["args"] and "--prometheus-host=::" in router["args"]
+
+
+def test_a_port_below_1024_can_be_listened_on() -> None:
+    [server] = [m for m in made_with("--set", "service.port=80") if m["kind"] == "Deployment"]
+    security = server["spec"]["template"]["spec"]["securityContext"]
+    assert security["sysctls"] == [{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}]
+    assert all("sysctls" not in pod["spec"]["securityContext"] for pod in pods("minimal"))
+
+
+def test_the_addresses_of_clients_reach_the_policy_and_annotations_the_balancer() -> None:
+    outside = ["--set", "service.type=LoadBalancer,apiKeys.existingSecret=keys,service.annotations.internal=yes",
+               "--set-json", 'networkPolicy.clients=[{"ipBlock":{"cidr":"203.0.113.0/24"}}]']  # fmt: skip
+    [service] = [m for m in made_with(*outside) if m["kind"] == "Service"]
+    assert service["spec"]["externalTrafficPolicy"] == "Local"
+    assert service["metadata"]["annotations"] == {"internal": "yes"}
+    ingress = ["--set", "expose.kind=ingress,expose.host=a.example,apiKeys.existingSecret=keys",
+               "--set-json", 'expose.annotations={"a/b":"c","nginx.ingress.kubernetes.io/proxy-buffering":"on"}',
+               "--set-json", 'networkPolicy.clients=[{"ipBlock":{"cidr":"203.0.113.0/24"}}]']  # fmt: skip
+    [made] = [m for m in made_with(*ingress) if m["kind"] == "Ingress"]
+    annotations = made["metadata"]["annotations"]
+    assert annotations["a/b"] == "c" and annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "on"
+    assert len(annotations) == 5
+
+
+@pytest.mark.parametrize("change", ["settings.kv_cache_dtype=fp8", "vllmArgs={--seed=1}", "profile=qvq72b_h100x8_bf16"])
+def test_another_configuration_is_benchmarked_by_itself(change: str) -> None:
+    """Nothing ran for it, or --resume refused the file of another."""
+    jobs = [
+        next(m for m in made_with("--set", "bench.enabled=true", *more) if "-bench-" in m["metadata"]["name"])
+        for more in ((), ("--set", change))
+    ]
+    commands = [job["spec"]["template"]["spec"]["containers"][0]["command"] for job in jobs]
+    outs = [argument for command in commands for argument in command if argument.startswith("--out=")]
+    assert len({job["metadata"]["name"] for job in jobs}) == len(set(outs)) == 2
 
 
 def test_an_uninstall_keeps_the_weights() -> None:
@@ -366,8 +434,8 @@ def test_large_numbers_of_a_values_file_stay_whole(tmp_path: Path) -> None:
     values.write_text("settings: {max_body_bytes: 200000000, gpu_memory_utilization: 0.9}\nrouter: {enabled: true}\n")
     done = template("--values", str(values))
     assert done.returncode == 0, done.stderr
-    assert '{name: QVQ_MAX_BODY_BYTES, value: "200000000"}' in done.stdout
-    assert '{name: QVQ_GPU_MEMORY_UTILIZATION, value: "0.9"}' in done.stdout
+    assert '{"name":"QVQ_MAX_BODY_BYTES","value":"200000000"}' in done.stdout
+    assert '{"name":"QVQ_GPU_MEMORY_UTILIZATION","value":"0.9"}' in done.stdout
     assert "--max-payload-size=200000001" in done.stdout
 
 
@@ -431,7 +499,11 @@ BAD = [
     ("settings.top_k=many", "/settings/top_k"),
     ("settings.max_tokens=10", "/settings'.*max_tokens"),
     ("settings.drain_timeout=10", "/settings'.*drain_timeout"),
-    ("settings.max_output_tokens=16384", "settings.max_output_tokens changes.*give plan too"),
+    ("settings.max_output_tokens=16384", "settings.max_output_tokens changes.*give plan.drainSeconds too"),
+    ("settings.request_timeout=7200,plan.drainSeconds=3200,plan.graceSeconds=3300", "give plan.requestSeconds too"),
+    ("settings.max_model_len=65536,plan.cpus=9", "settings.max_model_len changes.*give plan.memoryGiB too"),
+    ("vllmArgs={--mm_processor_cache_gb=32}", "vllmArgs has --mm_processor_cache_gb=32.*give plan.memoryGiB too"),
+    ("settings.guard_url=http://guard", "settings.guard_url is given, and the NetworkPolicy.*extraEgress"),
     ("plan.drainSeconds=900", "plan.graceSeconds is 875, less than plan.drainSeconds 900"),
     ("plan.shm=1Gi", "/plan'.*shm"),
     ("customProfile=tp = 4", "plan.gpus is missing, and customProfile"),

@@ -39,6 +39,12 @@ CASES: dict[str, list[Case]] = {
         Case({f"up{{{POD}}}": "0x30"}, 14),  # it starts, for the first time
         Case({f"up{{{POD}}}": "1x9 0x0 1x20"}, 14),  # one scrape was lost
     ],
+    "QvqNoServer": [
+        Case({'up{job="another"}': "1x60"}, 25, "no server of serving/qvq answers, nor has for 1188s"),
+        Case({f"up{{{POD}}}": "0x60"}, 25, "no server of serving/qvq answers, nor has for 1188s"),
+        Case({f"up{{{POD}}}": "0x10 1x60"}, 25),
+        Case({f"up{{{POD}}}": "1x9 _x10 1x60"}, 25),  # a rollout
+    ],
     "QvqStartTooLong": [
         Case({f"up{{{POD}}}": "0x60"}, 25, "qvq-0 is not ready, 1188s after it began to start"),
         Case({f"up{{{POD}}}": "1x60", f"qvq_ready{{{POD}}}": "0x60", f"qvq_draining{{{POD}}}": "0x60"}, 25,
@@ -93,6 +99,8 @@ def labels_of(case: Case, rule: dict[str, Any]) -> dict[str, str]:
     """The labels of an alert: those of its first series that its expression keeps, and the rule's own."""
     kept = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(case.series))))
     kept.pop("source", None)
+    if rule["expr"].startswith("absent("):
+        return dict(rule["labels"])
     return ({"job": kept["job"]} if "sum by (job)" in rule["expr"] else kept) | rule["labels"]
 
 

@@ -29,6 +29,25 @@ app.kubernetes.io/component: router
 {{- end }}
 {{- end }}
 
+{{/* The Deployment's or the LeaderWorkerSet's name: LeaderWorkerSet wants a headless Service of its own name. */}}
+{{- define "qvq.workload" -}}
+{{ .Release.Name }}{{ if gt (int .Values.nodes) 1 }}-nodes{{ end }}
+{{- end }}
+
+{{/* Environment variables, `own` (YAML) but for those that `extra` gives another value: two of a name are refused. */}}
+{{- define "qvq.env" -}}
+{{- $names := list }}
+{{- range .extra }}{{ $names = append $names .name }}{{ end }}
+{{- range fromYamlArray .own }}
+{{- if not (has .name $names) }}
+- {{ toJson . }}
+{{- end }}
+{{- end }}
+{{- with .extra }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* For the name of a Job, of everything that its pod is made of. */}}
 {{- define "qvq.hash" -}}
 {{- toJson . | sha256sum | trunc 8 }}
@@ -88,6 +107,9 @@ securityContext:
   runAsGroup: 1000
   fsGroup: 1000
   fsGroupChangePolicy: OnRootMismatch
+  {{- if lt (int (min .Values.service.port .Values.service.metricsPort)) 1024 }}
+  sysctls: [{name: net.ipv4.ip_unprivileged_port_start, value: "0"}]  # else root's alone, by some runtimes
+  {{- end }}
   seccompProfile: {type: RuntimeDefault}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:

@@ -85,33 +85,7 @@ spec:
         {{- range $v.vllmArgs }}
         - {{ . | quote }}
         {{- end }}
-      env:
-        - {name: QVQ_HOST, value: 0.0.0.0}
-        - {name: QVQ_PORT, value: {{ $v.service.port | quote }}}
-        - {name: QVQ_METRICS_PORT, value: {{ $v.service.metricsPort | quote }}}
-        - {name: QVQ_DRAIN_TIMEOUT, value: {{ $plan.drainSeconds | quote }}}
-        - {name: QVQ_CACHE, value: /models}
-        # The writable places: all caches are on one volume, so that a restart does not compile again.
-        - {name: HOME, value: /cache}
-        - {name: XDG_CACHE_HOME, value: /cache}
-        - {name: VLLM_CACHE_ROOT, value: /cache/vllm}
-        - {name: TRITON_CACHE_DIR, value: /cache/triton}
-        - {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/inductor}
-        {{- if $v.apiKeys.existingSecret }}
-        - {name: QVQ_API_KEY_FILE, value: /etc/qvq-keys/keys}
-        {{- end }}
-        {{- if gt $nodes 1 }}
-        - name: VLLM_HOST_IP
-          valueFrom: {fieldRef: {fieldPath: status.podIP}}
-        {{- end }}
-        {{- range $key, $value := $v.settings }}
-        {{- /* A values file's whole numbers are floats to Helm, which prints 1e+06. */}}
-        {{- $whole := and (kindIs "float64" $value) (eq (toString (floor $value)) (toString $value)) }}
-        - {name: QVQ_{{ upper $key }}, value: {{ ternary (int64 $value) $value $whole | toString | quote }}}
-        {{- end }}
-        {{- with $v.extraEnv }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+      env: {{- include "qvq.env" (dict "own" (include "qvq.serverEnv" $root) "extra" $v.extraEnv) | trim | nindent 8 }}
       {{- if ne $role "worker" }}
       ports:
         - {name: http, containerPort: {{ $v.service.port }}}
@@ -172,4 +146,32 @@ spec:
     - name: keys
       secret: {secretName: {{ $v.apiKeys.existingSecret }}}
     {{- end }}
+{{- end }}
+
+{{/* The server's own environment variables, a list. */}}
+{{- define "qvq.serverEnv" -}}
+{{- $plan := include "qvq.plan" . | fromYaml }}
+- {name: QVQ_HOST, value: 0.0.0.0}
+- {name: QVQ_PORT, value: {{ .Values.service.port | quote }}}
+- {name: QVQ_METRICS_PORT, value: {{ .Values.service.metricsPort | quote }}}
+- {name: QVQ_DRAIN_TIMEOUT, value: {{ $plan.drainSeconds | quote }}}
+- {name: QVQ_CACHE, value: /models}
+# The writable places: all caches are on one volume, so that a restart does not compile again.
+- {name: HOME, value: /cache}
+- {name: XDG_CACHE_HOME, value: /cache}
+- {name: VLLM_CACHE_ROOT, value: /cache/vllm}
+- {name: TRITON_CACHE_DIR, value: /cache/triton}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /cache/inductor}
+{{- if .Values.apiKeys.existingSecret }}
+- {name: QVQ_API_KEY_FILE, value: /etc/qvq-keys/keys}
+{{- end }}
+{{- if gt (int .Values.nodes) 1 }}
+- name: VLLM_HOST_IP
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+{{- end }}
+{{- range $key, $value := .Values.settings }}
+{{- /* A values file's whole numbers are floats to Helm, which prints 1e+06. */}}
+{{- $whole := and (kindIs "float64" $value) (eq (toString (floor $value)) (toString $value)) }}
+- {name: QVQ_{{ upper $key }}, value: {{ ternary (int64 $value) $value $whole | toString | quote }}}
+{{- end }}
 {{- end }}
