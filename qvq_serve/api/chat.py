@@ -9,7 +9,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -33,7 +34,7 @@ from qvq_serve.hooks.request import most_tokens
 
 PATH = "/v1/chat/completions"
 EVENT_STREAM = "text/event-stream"
-UNFINISHED = '"finish_reason":null'
+UNFINISHED, NO_CHOICES = '"finish_reason":null', '"choices":[]'
 DATA, DONE = "data: ", "data: [DONE]\n\n"
 PARTS: dict[str, Part] = {"reasoning": "reasoning", "content": "answer"}
 """The fields of a message or delta, and the parts of an answer that hooks know."""
@@ -137,7 +138,23 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     finally:
         if not streaming:
             stop_timer(context, timer)
-    return StreamingResponse(streamed(context, chain, made, engine, timer), media_type=EVENT_STREAM)
+    return Stream(streamed(context, chain, made, engine, timer), partial(stop_timer, context, timer))
+
+
+class Stream(StreamingResponse):
+    """One whose generator is closed as it ends, so that the engine's place is free: a client that stopped reading
+    leaves it at a `yield`, where only the collector of garbage would find it."""
+
+    def __init__(self, body: AsyncGenerator[str, None], over: Callable[[], None]) -> None:
+        super().__init__(body, media_type=EVENT_STREAM)
+        self.events, self.over = body, over
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            self.over()  # where it never began, too
+            await self.events.aclose()
 
 
 def engine_id(context: Context) -> str:
@@ -231,7 +248,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
     for choice, parsed in zip(response["choices"], results, strict=True):
         message = choice["message"]
         answer = Answer(
-            choice["index"], message["reasoning"] or "", message["content"] or "",
+            choice["index"], parsed.reasoning, message["content"] or "",
             how_it_ended(context, choice["finish_reason"], parsed), {},
         )  # fmt: skip
         content = answer.content
@@ -263,8 +280,15 @@ async def streamed(
     several = len(open_choices) > 1
     untouched = not chain.stages["on_text"]
     stopped, running = set[int](), set(open_choices)  # by a hook; in the engine
+    first = ""
     try:
         async for event in events:
+            first = first or event
+            if TIMED_OUT in context.state and (event == DONE or NO_CHOICES in event):
+                for index in sorted(running & open_choices):  # vLLM tells no end of one that has no token yet
+                    answer = await finished(context, chain, index, "timeout", {})
+                    open_choices.discard(index)
+                    yield closing(json.loads(first[len(DATA) :]), index, answer.qvq, several, "length")
             if context.first_text is None and '"role"' not in event:
                 context.first_text = time.monotonic()
             if not event.startswith(DATA + "{") or (untouched and UNFINISHED in event):
@@ -334,9 +358,11 @@ async def passed(context: Context, chain: Chain, chunk: dict[str, Any], choice: 
     return f'{event.rstrip()[:-1]},"qvq":{compact(answer.qvq)}}}\n\n'
 
 
-def closing(last: dict[str, Any], index: int, qvq: dict[str, Any], several: bool) -> str:
-    """The chunk that ends a choice which a hook stopped."""
-    choice: dict[str, Any] = {"index": index, "delta": {}, "logprobs": None, "finish_reason": "content_filter"}
+def closing(
+    last: dict[str, Any], index: int, qvq: dict[str, Any], several: bool, reason: str = "content_filter"
+) -> str:
+    """The chunk that ends a choice which a hook stopped, or whose end vLLM does not tell."""
+    choice: dict[str, Any] = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
     chunk = {key: last[key] for key in ("id", "object", "created", "model")} | {"choices": [choice]}
     (choice if several else chunk)["qvq"] = qvq
     return f"{DATA}{compact(chunk)}\n\n"

@@ -127,6 +127,9 @@ class Door:
                 raise
             request.task.uncancel()
             await request.refused(Refusal(408, "stalled", f"the body has stood still for {STALL_S:g} s"))
+        except Exception:
+            request.status = request.status or 500  # Starlette answers it, outside of this
+            raise
         finally:
             self.passages.discard(request)
             request.done()

@@ -7,6 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -95,8 +96,7 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         profile = launched_profile()
         media = ImageMediaIO(**({"image_mode": image_mode} | self.media_io_kwargs.get("image", {})))
         try:
-            async with asyncio.timeout(profile.image_timeout):
-                image = await self.opened(wanted, media)
+            image = await self.opened(wanted, media)
         except TimeoutError:
             raise refusal(wanted, f"was not fetched within {profile.image_timeout:g} s") from None
         width, height = image.size
@@ -133,20 +133,22 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
             if scheme == "file":
                 if profile.allowed_image_dir is None:
                     raise refusal(wanted, "is a local file, and this server reads none (--allowed-image-dir)")
-                return await self.load_from_url_async(url, media)
+                return await self.load_from_url_async(url, BoundedFiles(media))
             if scheme == "data":
                 content = await loop.run_in_executor(global_thread_pool, decoded, url, profile.max_image_bytes)
             else:
                 allowed = frozenset(names((profile.allowed_image_hosts or "").lower()))
-                content = await fetch(url, allowed=allowed, most_bytes=profile.max_image_bytes)
+                async with asyncio.timeout(profile.image_timeout):  # decoding waits for other requests', not for them
+                    content = await fetch(url, allowed=allowed, most_bytes=profile.max_image_bytes)
             return await loop.run_in_executor(global_thread_pool, loaded, media, content, profile.max_image_pixels)
         except (MediaError, TimeoutError):
             raise
         except FetchError as error:
-            raise refusal(wanted, str(error)) from None
+            told = NO_FILE if scheme == "file" and str(error).startswith("cannot be read") else str(error)
+            raise refusal(wanted, told) from None
         except Exception as error:
-            if scheme == "file":  # the reason would name the server's directories
-                raise refusal(wanted, "is no readable image below the server's --allowed-image-dir") from None
+            if scheme == "file":
+                raise refusal(wanted, NO_FILE) from None
             reason = error.args[0] if isinstance(error, VLLMClientError) else error
             raise refusal(wanted, f"cannot be read: {reason}") from None
 
@@ -157,6 +159,22 @@ class ImageConnector(MediaConnector):  # type: ignore[misc]
         raise MediaError("audio is not supported: QVQ takes images only")
 
 
+class BoundedFiles:
+    """In the place of vLLM's reader of images, for files: by the bounds that other images have."""
+
+    def __init__(self, media: ImageMediaIO) -> None:
+        self.media = media
+
+    def load_file(self, path: Path) -> Any:
+        """The image in a file, whose path vLLM has looked at. Raises FetchError, or Pillow's errors."""
+        profile = launched_profile()
+        if path.stat().st_size > profile.max_image_bytes:
+            raise FetchError(f"has more than {profile.max_image_bytes} bytes")
+        return loaded(self.media, path.read_bytes(), profile.max_image_pixels)
+
+
+NO_FILE = "is no readable image below the server's --allowed-image-dir"
+"""More would name the server's directories, or tell what else is there."""
 MOST_SCANS = 64
 """Of a JPEG; cameras and programs write ten or so. Each is decoded over the whole image, in a thread that all share."""
 Image.init()

@@ -9,9 +9,10 @@ MARKERS = (
     "**最终答案", "### 最终答案", "## 最终答案", "# 最终答案", "最终答案：", "最终答案:",
 )  # fmt: skip
 """Each ends the reasoning, the first one wins."""
+BOLD = tuple(marker for marker in MARKERS if marker.startswith("**"))
 COLONS = tuple(marker for marker in MARKERS if marker.endswith((":", "：")))
-"""Those that are whole: bold behind one is the answer's own."""
 ENDED = re.compile("|".join(re.escape(marker) for marker in MARKERS))
-LEAD = re.compile(r"(?:[:：]?\*\*\s*[:：]?|[:：])?\s*")
-"""What of a marker stands before the answer: **, :**, a colon, line ends."""
-MAYBE_LEAD = re.compile(r"[\s*:：]*")
+BOLD_LEAD = re.compile(r"(?:s?[:：]?\*\*\s*[:：]?|s?[:：])?\s*")
+LEAD = re.compile(r"(?:s?[:：])?\s*")
+"""What of a marker stands before the answer: **, :**, a colon, line ends; of one without bold, bold is the answer's."""
+MAYBE_LEAD = re.compile(r"s?[\s*:：]*")

@@ -4,6 +4,7 @@ Built on vLLM's parser engine. The first marker ends the reasoning; the marker i
 Where there is none, `reasoning` is the whole text and `content` repeats its conclusion, at the end.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from qvq_serve.engine import PARSER, launched_profile
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
 from qvq_serve.hooks.governing import GOVERNED, Act, act
-from qvq_serve.hooks.markers import COLONS, ENDED, LEAD, MARKERS, MAYBE_LEAD
+from qvq_serve.hooks.markers import BOLD, BOLD_LEAD, ENDED, LEAD, MARKERS, MAYBE_LEAD
 from qvq_serve.hooks.request import is_answering, most_tokens
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
@@ -33,10 +34,10 @@ STREAMING = "qvq_streaming"
 CONFIG = ParserEngineConfig(
     name=PARSER,
     initial_state=ParserState.REASONING,
-    terminals={"THINK_END": tuple(marker for marker in MARKERS if marker not in COLONS), "COLON": COLONS},
+    terminals={"THINK_END": BOLD, "PLAIN": tuple(marker for marker in MARKERS if marker not in BOLD)},
     transitions={
         (ParserState.REASONING, "THINK_END"): Transition(ParserState.CONTENT, (EventType.REASONING_END,)),
-        (ParserState.REASONING, "COLON"): Transition(ParserState.CONTENT),  # so that the two can be told apart
+        (ParserState.REASONING, "PLAIN"): Transition(ParserState.CONTENT),  # so that the two can be told apart
     },
 )
 """vLLM's description of a format: reasoning, a marker, and the answer. A thinking budget writes the first marker."""
@@ -49,6 +50,8 @@ class Parsed:
     marked: bool
     reasoning_tokens: int
     tokens: int
+    reasoning: str = ""
+    """Its text, where the client wants none too."""
     act: Act | None = None
     """What the governor did."""
 
@@ -84,8 +87,10 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         """Tokens before the marker, once it was found."""
         self.marked = False
         self.lead: str | None = None
-        self.closing = False
-        """Whether the marker may have a closing ** in the lead."""
+        self.bold = self.unclosed = False
+        """Whether the marker opened a bold text; whether the answer is in it, and closes it."""
+        self.star = ""
+        """What may be half of that."""
 
     @property
     def reasoning_start_str(self) -> str:
@@ -157,7 +162,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
                 self.raw += event.value
                 self.space += event.value
             elif event.type is EventType.REASONING_END:
-                self.closing = True
+                self.bold = True
             elif event.type is EventType.TEXT_CHUNK:
                 if not self.marked:
                     self.marked, self.lead = True, ""
@@ -169,13 +174,28 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             sent = self.space.rstrip()
             self.space = self.space[len(sent) :]
         if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
-            answer, self.lead = LEAD.sub("", self.lead, count=1) if self.closing else self.lead.lstrip(), None
+            lead = (BOLD_LEAD if self.bold else LEAD).match(self.lead)
+            assert lead  # of nothing, at least
+            self.unclosed = self.bold and not re.search(r"\*\*|\n", lead[0])
+            answer, self.lead = self.lead[lead.end() :], None
+        if self.unclosed or self.star:
+            answer = self.without_end_of_bold(answer, last)
         if last and not (self.sent["content"] or answer):
             answer, self.marked = conclusion(self.raw), False
         self.sent["reasoning"] += sent
         self.sent["content"] += answer
         shown = {name: text for name, text in (("reasoning", sent), ("content", answer)) if text}
         return DeltaMessage(**shown) if shown else None
+
+    def without_end_of_bold(self, text: str, last: bool) -> str:
+        """The answer of `**Final Answer: 42**`, which is within the marker's bold: without the ** at its line's end."""
+        text, self.star = self.star + text, ""
+        if end := re.search(r"\*\*|\n", text):
+            self.unclosed = False
+            return text[: end.start()] + text[end.start() + 2 :] if end[0] == "**" else text
+        if text.endswith("*") and not last:
+            text, self.star = text[:-1], "*"
+        return text
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         """Called by vLLM for each choice when it is finished, and of a stream, if a client likes, for each chunk."""
@@ -191,9 +211,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         if self.answering:
             return Parsed(True, 0, len(ids))
         reasoning_tokens = self.reasoning_tokens(ids)
-        return Parsed(
-            self.marked, reasoning_tokens, len(ids), self.act(ids, reasoning_tokens if self.marked else len(ids))
-        )
+        act = self.act(ids, reasoning_tokens if self.marked else len(ids))
+        return Parsed(self.marked, reasoning_tokens, len(ids), self.sent["reasoning"], act)
 
     def reasoning_tokens(self, ids: Sequence[int]) -> int:
         """Of the reasoning: those before the marker, or, where there is none, all but special ones at the end."""

@@ -140,6 +140,21 @@ def test_a_file_outside_the_allowed_directory_is_refused(server: Server, image_d
         assert str(image_dir) not in message
 
 
+def test_a_files_image_has_the_bounds_of_others(server: Server, image_dir: Path) -> None:
+    """It went by vLLM's own, of 178 megapixels and any kind, and 16 bits were seen white."""
+    deep, icon = io.BytesIO(), io.BytesIO()
+    photo(64, 64).convert("L").convert("I;16").save(deep, "PNG")
+    photo(64, 64).save(icon, "ICO")
+    for name, content, message in (
+        ("deep.png", deep.getvalue(), "has the mode I;16, more than 8 bits a channel; save it with 8"),
+        ("large.png", bytes(20_000_001), "has more than 20000000 bytes"),
+        ("icon.png", icon.getvalue(), "is no readable image below the server's --allowed-image-dir"),
+    ):
+        (image_dir / name).write_bytes(content)
+        assert refused(server, {"url": (image_dir / name).as_uri()}, "What?").endswith(message)
+        (image_dir / name).unlink()
+
+
 def test_a_shape_that_no_rule_brings_under_the_maximum_is_refused(server: Server) -> None:
     thin = Image.new("RGB", (2_010, 10))
     assert "more than 200 times as long as it is wide" in refused(server, {"url": data_url(thin)}, "What?")

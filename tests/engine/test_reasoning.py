@@ -69,6 +69,17 @@ def test_each_marker_ends_the_reasoning_and_is_dropped(marker: str) -> None:
     assert apart(f"Let me see.\n\n{marker} \\boxed{{4}}") == ("Let me see.", "\\boxed{4}")
 
 
+@pytest.mark.parametrize(("text", "content"), [
+    ("**Final Answers:**\n\n1. 4", "1. 4"), ("**Final Answer: \\(\\boxed{42}\\)**", "\\(\\boxed{42}\\)"),
+    ("**Final Answer: 42** cm, not **43**", "42 cm, not **43**"), ("**Final Answer: 4*2 *or* 8**", "4*2 *or* 8"),
+    ("**Final Answer\n\n**42** it is", "**42** it is"), ("**Final Answer: 42\n\n**So** it is", "42\n\n**So** it is"),
+    ("### Final Answers: **42**", "**42**"), ("### Final Answer\n\nsix", "six"), ("最终答案：six", "six"),
+    ("**Final Answer: 4*", "4*"),
+])  # fmt: skip
+def test_what_is_left_of_a_marker_is_cut_off_and_no_more(text: str, content: str) -> None:
+    assert apart(f"A.\n\n{text}") == ("A.", content)
+
+
 def test_the_first_marker_wins_and_an_answer_keeps_its_own_bold() -> None:
     assert apart("A.\n\n**Final Answer**\n\n**42** it is.\n\n**Final Answer**\n\n7") == (
         "A.", "**42** it is.\n\n**Final Answer**\n\n7"
@@ -111,7 +122,23 @@ def test_each_choice_knows_how_long_the_prompt_is(monkeypatch: pytest.MonkeyPatc
 texts = st.lists(
     st.one_of(
         st.sampled_from(
-            [*MARKERS, "**", "Final", " Answer", "\n\n", ":", "# ", "最终", "答案", "\\boxed{4}", "😀", "é"]
+            [
+                *MARKERS,
+                "**Final Answer: ",
+                "*",
+                "s",
+                "**",
+                "Final",
+                " Answer",
+                "\n\n",
+                ":",
+                "# ",
+                "最终",
+                "答案",
+                "\\boxed{4}",
+                "😀",
+                "é",
+            ]
         ),
         st.text(max_size=5),
     ),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qvq_serve.hooks.answer import boxed_answer, boxes, conclusion
+from qvq_serve.hooks.answer import boxed_answer, boxes, conclusion, plain
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_a_text_without_a_marker_is_concluded_by_its_last_box_or_paragraph() -> 
 
 def test_a_cut_box_does_not_hide_a_whole_one() -> None:
     assert boxes(r"\boxed{1} then \boxed{2") == ["1"]
+
+
+def test_wrappers_in_wrappers_are_taken_off_a_few_deep() -> None:
+    """Thousands of them, which a grammar can make the model write, stopped all streams for seconds."""
+    assert plain("\\text{" * 8 + "x" + "}" * 8) == "x"
+    assert plain("\\text{" * 20 + "x" + "}" * 20) == "\\text{" * 12 + "x" + "}" * 12
