@@ -112,13 +112,14 @@ def operands(expr: str) -> list[str]:
     for part in re.split(r"\b(?:and|or|unless)\b", expr):
         part = re.sub(r"\s(?:==|>|<)\s[^{}]*$", "", part.strip()).strip()
         while part.count("(") > part.count(")"):
-            part = part.removeprefix("(")
+            part = part[part.index("(") + 1 :]  # a function's too: of `absent(a == 1)` a
         found.append(part)
     return found
 
 
 def test_operands_are_what_is_compared() -> None:
     assert operands('a{x="1"} > 2 * 3 and (b{x="1"} == 0 unless c{x="1"} == 1)') == ['a{x="1"}', 'b{x="1"}', 'c{x="1"}']
+    assert operands('absent(a{x="1"} == 1)') == ['a{x="1"}']
 
 
 def value(prometheus: str, query: str) -> list[dict[str, object]]:
