@@ -68,7 +68,8 @@ class Api:
         profile = launched_profile()
         if profile.governor != "off":
             await memory.prove_governor(engine_client)
-            await asyncio.to_thread(governing.writing, engine_client.renderer.tokenizer)  # seconds, not between streams
+        if profile.governor == "on":  # what its acts are read back with: seconds, not between streams
+            await asyncio.to_thread(governing.writing, engine_client.renderer.tokenizer)
         about.export(profile, visible_gpus()[: local_workers(profile)])
         if profile.metrics_port:
             scrape.serve(profile.metrics_port, profile.host)
