@@ -138,7 +138,7 @@ async def create_chat_completion(request: QvqChatRequest, raw_request: Request) 
     finally:
         if not streaming:
             stop_timer(context, timer)
-    return Stream(streamed(context, chain, made, engine, timer), partial(stop_timer, context, timer))
+    return Stream(streamed(context, chain, made, engine), partial(stop_timer, context, timer))
 
 
 class Stream(StreamingResponse):
@@ -271,7 +271,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
 
 
 async def streamed(
-    context: Context, chain: Chain, events: AsyncGenerator[str, None], engine: Any, timer: asyncio.TimerHandle
+    context: Context, chain: Chain, events: AsyncGenerator[str, None], engine: Any
 ) -> AsyncGenerator[str, None]:
     """A stream of server-sent events, with hooks run over each piece of text before it is sent."""
     CONTEXT.set(context)  # vLLM makes the stream's parsers as it begins
@@ -326,7 +326,6 @@ async def streamed(
     finally:
         if open_choices:  # the client went away
             metrics.ANSWERS.labels("cancelled").inc(len(open_choices))
-        stop_timer(context, timer)
         await events.aclose()
 
 

@@ -69,8 +69,7 @@ def test_a_stream_whose_time_is_up_before_its_first_token_says_so(usage: bool) -
         yield "data: [DONE]\n\n"
 
     async def sent() -> list[str]:
-        timer = asyncio.get_running_loop().call_later(60, print)
-        return [event async for event in streamed(context, Chain([], 1), vllms(), SimpleNamespace(), timer)]
+        return [event async for event in streamed(context, Chain([], 1), vllms(), SimpleNamespace())]
 
     context = Context(SimpleNamespace(n=1, thinking_token_budget=None, continue_final_message=False))
     token = CONTEXT.set(context)
