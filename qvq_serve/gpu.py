@@ -84,10 +84,12 @@ def visible_gpus() -> list[Gpu]:
                 try:
                     handle = driver.nvmlDeviceGetHandleByIndex(index)
                     memory = int(driver.nvmlDeviceGetMemoryInfo(handle).total)
-                    uuids.append(str(driver.nvmlDeviceGetUUID(handle)))
-                    gpus.append(Gpu(index, str(driver.nvmlDeviceGetName(handle)), memory))
+                    uuid, name = str(driver.nvmlDeviceGetUUID(handle)), str(driver.nvmlDeviceGetName(handle))
                 except driver.NVMLError as error:  # it fell off the bus: nobody need use it
                     lost[str(index)] = error
+                else:
+                    gpus.append(Gpu(index, name, memory))
+                    uuids.append(uuid)
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")

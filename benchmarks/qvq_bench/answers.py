@@ -26,8 +26,8 @@ def letter(answer: str, options: Sequence[str]) -> str | None:
         return found[1]
     texts = [" ".join(option.lower().split()) for option in options]
     said = " ".join(answer.lower().split()).strip("$. ")
-    named = [f"{name.lower()} {text}" for name, text in zip(LETTERS, texts, strict=False)]
-    found_at = [at for at, pair in enumerate(zip(texts, named, strict=True)) if said in pair]
+    named = zip(LETTERS, texts, strict=False)  # more options have no letter
+    found_at = [at for at, (name, text) in enumerate(named) if said in (text, f"{name.lower()} {text}")]
     return LETTERS[found_at[0]] if len(found_at) == 1 else None
 
 

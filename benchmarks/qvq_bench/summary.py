@@ -291,7 +291,8 @@ def free_bytes(seen: list[dict[str, Any]]) -> dict[str, float]:
         if own & set(cards):
             cards = {name: left for name, left in cards.items() if name in own}
         for name, left in (cards if local else sample.get("headroom", {})).items():
-            low[name] = min(left, low.get(name, left))
+            if not math.isnan(left):  # the server's driver did not answer
+                low[name] = min(left, low.get(name, left))
     return low
 
 

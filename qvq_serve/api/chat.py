@@ -286,9 +286,14 @@ async def streamed(
             first = first or event
             if TIMED_OUT in context.state and (event == DONE or NO_CHOICES in event):
                 for index in sorted(running & open_choices):  # vLLM tells no end of one that has no token yet
-                    answer = await finished(context, chain, index, "timeout", {})
+                    reason = "length"
+                    try:
+                        answer = await finished(context, chain, index, "timeout", {})
+                    except Stop as stop:
+                        answer = await finished(context, chain, index, "filtered", dict(stop.details))
+                        reason = "content_filter"
                     open_choices.discard(index)
-                    yield closing(json.loads(first[len(DATA) :]), index, answer.qvq, several, "length")
+                    yield closing(json.loads(first[len(DATA) :]), index, answer.qvq, several, reason)
             if context.first_text is None and '"role"' not in event:
                 context.first_text = time.monotonic()
             if not event.startswith(DATA + "{") or (untouched and UNFINISHED in event):

@@ -176,7 +176,8 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
             lead = (BOLD_LEAD if self.bold else LEAD).match(self.lead)
             assert lead  # of nothing, at least
-            self.unclosed = self.bold and not re.search(r"\*\*|\n", lead[0])
+            grammar = self.context and self.context.request.structured_outputs  # it admits no end of bold
+            self.unclosed = self.bold and not grammar and not re.search(r"\*\*|\n", lead[0])
             answer, self.lead = self.lead[lead.end() :], None
         if self.unclosed or self.star:
             answer = self.without_end_of_bold(answer, last)
@@ -192,7 +193,9 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         text, self.star = self.star + text, ""
         if end := re.search(r"\*\*|\n", text):
             self.unclosed = False
-            return text[: end.start()] + text[end.start() + 2 :] if end[0] == "**" else text
+            before = text[: end.start()] or self.sent["content"]
+            closes = end[0] == "**" and before and not before[-1].isspace()  # else it opens another
+            return text[: end.start()] + text[end.start() + 2 :] if closes else text
         if text.endswith("*") and not last:
             text, self.star = text[:-1], "*"
         return text

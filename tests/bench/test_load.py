@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,17 @@ def test_another_jobs_card_is_not_the_servers_fullest() -> None:
 
     made = measured(Load(1, requests=2), "first=0.5,gap=0.1,chunks=6", watch)
     assert summarise(made, 1, judged=True)["memory"]["headroom"]["bytes"] == 40
+
+
+@pytest.mark.parametrize("told", [[2.0, math.nan, 9.0], [math.nan, 2.0, 2.0]])
+def test_a_driver_that_fails_for_a_while_hides_no_peak(told: list[float]) -> None:
+    left = iter(told)
+
+    async def watch() -> dict[str, Any]:
+        return {"headroom": {"0": next(left, 9.0)}}
+
+    made = measured(Load(1, requests=2), "first=0.5,gap=0.1,chunks=6", watch)
+    assert summarise(made, 1, judged=True)["memory"]["headroom"]["bytes"] == 2
 
 
 def test_an_interrupted_load_keeps_what_it_has() -> None:

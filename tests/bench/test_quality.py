@@ -50,6 +50,7 @@ def test_an_option_is_named_by_letter_or_text(answer: str, named: str | None) ->
 
 def test_an_article_is_no_letter() -> None:
     assert answers.letter("A square", ["A triangle", "A square"]) == "B"
+    assert answers.letter("eight", [*"abcdefg", "eight", *"ijk"]) == "H"  # of eleven, the last has no letter
     assert answers.letter("A", ["B", "A"]) == "A"  # points of a drawing: what is asked for is the letter
 
 

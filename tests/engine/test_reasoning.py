@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qvq_serve.hooks import CONTEXT, Context
 from tests.engine.conftest import KEY, Server, data_url, photo, user
 
 MARKERS = [
@@ -74,10 +75,24 @@ def test_each_marker_ends_the_reasoning_and_is_dropped(marker: str) -> None:
     ("**Final Answer: 42** cm, not **43**", "42 cm, not **43**"), ("**Final Answer: 4*2 *or* 8**", "4*2 *or* 8"),
     ("**Final Answer\n\n**42** it is", "**42** it is"), ("**Final Answer: 42\n\n**So** it is", "42\n\n**So** it is"),
     ("### Final Answers: **42**", "**42**"), ("### Final Answer\n\nsix", "six"), ("最终答案：six", "six"),
-    ("**Final Answer: 4*", "4*"),
+    ("**Final Answer: 4*", "4*"), ("**Final Answer: **42**", "**42**"),
+    ("**Final Answer: The **total** is 5", "The **total** is 5"),
 ])  # fmt: skip
 def test_what_is_left_of_a_marker_is_cut_off_and_no_more(text: str, content: str) -> None:
     assert apart(f"A.\n\n{text}") == ("A.", content)
+
+
+@pytest.mark.parametrize("grammar", [None, {"regex": ".*"}])
+def test_an_answer_by_a_grammar_is_whole_behind_a_marker_that_it_cannot_close(grammar: dict[str, str] | None) -> None:
+    """`"2**3"` was made `"23"`, as if the first ** ended the marker's bold."""
+    request = SimpleNamespace(n=1, structured_outputs=grammar, continue_final_message=False)
+    token = CONTEXT.set(Context(request))
+    try:
+        made = parser()
+    finally:
+        CONTEXT.reset(token)
+    content = made.extract_reasoning('A.\n\n**Final Answer: {"f": "2**3"}', None)[1]
+    assert content == ('{"f": "2**3"}' if grammar else '{"f": "23"}')
 
 
 def test_the_first_marker_wins_and_an_answer_keeps_its_own_bold() -> None:
@@ -99,12 +114,13 @@ def test_without_a_marker_the_conclusion_is_repeated() -> None:
 def test_each_choice_knows_how_long_the_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM shows it to the first choice's parser; the others took a budget's end for a loop's."""
     from qvq_serve.governor.policy import LEFT, Orders
-    from qvq_serve.hooks import CONTEXT, Context, reasoning
+    from qvq_serve.hooks import reasoning
     from qvq_serve.profile import Profile
 
     profile, encode = Profile(max_model_len=2000, max_output_tokens=600), tokenizer().encode
     monkeypatch.setattr(reasoning, "launched_profile", lambda: profile)
-    request = SimpleNamespace(max_tokens=600, max_completion_tokens=None, continue_final_message=False)
+    asked = {"max_tokens": 600, "max_completion_tokens": None, "structured_outputs": None}
+    request = SimpleNamespace(**asked, continue_final_message=False)
     context = Context(request, state={reasoning.GOVERNED: Orders(1, 1, LEFT, 1024)})
     token = CONTEXT.set(context)
     try:

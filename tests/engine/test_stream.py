@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qvq_serve.hooks import CONTEXT, Context
+from qvq_serve.hooks import CONTEXT, Answer, Context, Hook, Stop
+from qvq_serve.profile import Profile
 from tests.engine.test_reasoning import parser
 
 
@@ -52,8 +53,9 @@ def test_a_stream_whose_client_stopped_reading_is_closed(version: str) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("usage", [True, False])
-def test_a_stream_whose_time_is_up_before_its_first_token_says_so(usage: bool) -> None:
+def test_a_stream_whose_time_is_up_before_its_first_token_says_so(usage: bool, stopped: bool) -> None:
     """vLLM writes no end of it, and the client got a role and [DONE]."""
     from qvq_serve.api.chat import TIMED_OUT, streamed
     from qvq_serve.hooks.chain import Chain
@@ -69,9 +71,17 @@ def test_a_stream_whose_time_is_up_before_its_first_token_says_so(usage: bool) -
         yield "data: [DONE]\n\n"
 
     async def sent() -> list[str]:
-        return [event async for event in streamed(context, Chain([], 1), vllms(), SimpleNamespace())]
+        return [event async for event in streamed(context, chain, vllms(), SimpleNamespace())]
 
-    context = Context(SimpleNamespace(n=1, thinking_token_budget=None, continue_final_message=False))
+    class Stops(Hook):
+        async def after(self, context: Context, answer: Answer) -> None:
+            if stopped:
+                raise Stop(why="always")
+
+    chain = Chain([Stops(Profile())], 1)
+    context = Context(
+        SimpleNamespace(n=1, thinking_token_budget=None, continue_final_message=False, structured_outputs=None)
+    )
     token = CONTEXT.set(context)
     try:
         parser()
@@ -80,5 +90,6 @@ def test_a_stream_whose_time_is_up_before_its_first_token_says_so(usage: bool) -
     events = asyncio.run(sent())
     assert len(events) == 3 + usage and events[-1] == "data: [DONE]\n\n"
     last = json.loads(events[1][6:])
-    assert (last["choices"][0]["finish_reason"], last["qvq"]["ended"]) == ("length", "timeout")
+    ended = ("content_filter", "filtered") if stopped else ("length", "timeout")
+    assert (last["choices"][0]["finish_reason"], last["qvq"]["ended"]) == ended
     assert last["id"] == "chatcmpl-1"

@@ -257,7 +257,10 @@ def test_a_variable_of_ones_own_takes_the_place_of_the_charts() -> None:
 
 
 def test_a_port_below_1024_can_be_listened_on() -> None:
-    [server] = [m for m in made_with("--set", "service.port=80") if m["kind"] == "Deployment"]
+    made = made_with("--set", "service.port=80")
+    [server] = [m for m in made if m["kind"] == "Deployment"]
+    [download] = [m for m in made if m["kind"] == "Job"]
+    assert download in manifests("minimal"), "a Job that is there cannot be changed"
     security = server["spec"]["template"]["spec"]["securityContext"]
     assert security["sysctls"] == [{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}]
     assert all("sysctls" not in pod["spec"]["securityContext"] for pod in pods("minimal"))
@@ -269,6 +272,9 @@ def test_the_addresses_of_clients_reach_the_policy_and_annotations_the_balancer(
     [service] = [m for m in made_with(*outside) if m["kind"] == "Service"]
     assert service["spec"]["externalTrafficPolicy"] == "Local"
     assert service["metadata"]["annotations"] == {"internal": "yes"}
+    anyone = "service.type=NodePort,apiKeys.existingSecret=keys,networkPolicy.enabled=false"
+    [service] = [m for m in made_with("--set", anyone) if m["kind"] == "Service"]
+    assert "externalTrafficPolicy" not in service["spec"]
     ingress = ["--set", "expose.kind=ingress,expose.host=a.example,apiKeys.existingSecret=keys",
                "--set-json", 'expose.annotations={"a/b":"c","nginx.ingress.kubernetes.io/proxy-buffering":"on"}',
                "--set-json", 'networkPolicy.clients=[{"ipBlock":{"cidr":"203.0.113.0/24"}}]']  # fmt: skip
@@ -276,6 +282,9 @@ def test_the_addresses_of_clients_reach_the_policy_and_annotations_the_balancer(
     annotations = made["metadata"]["annotations"]
     assert annotations["a/b"] == "c" and annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "on"
     assert len(annotations) == 5
+    cleared = [*ingress[:2], *ingress[4:], "--set", "expose.annotations=null"]
+    [made] = [m for m in made_with(*cleared) if m["kind"] == "Ingress"]
+    assert len(made["metadata"]["annotations"]) == 4
 
 
 @pytest.mark.parametrize("change", ["settings.kv_cache_dtype=fp8", "vllmArgs={--seed=1}", "profile=qvq72b_h100x8_bf16"])

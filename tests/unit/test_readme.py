@@ -82,9 +82,10 @@ def test_the_readmes_hook_works() -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     chain = Chain([names["Tenants"](Profile())], 1)
-    visitor = Context(SimpleNamespace(max_tokens=None), {"x-tenant": "visitor"})
-    asyncio.run(chain.before(visitor))
-    assert visitor.request.max_tokens == 512
+    for asked, got in ((None, 512), (8000, 512), (9, 9)):
+        visitor = Context(SimpleNamespace(max_tokens=600, max_completion_tokens=asked), {"x-tenant": "visitor"})
+        asyncio.run(chain.before(visitor))
+        assert visitor.request.max_completion_tokens == got
     with pytest.raises(Refuse, match="X-Tenant is missing"):
         asyncio.run(chain.before(Context(visitor.request)))
     answer = Answer(0, "", "", "answered", {})

@@ -107,7 +107,7 @@ securityContext:
   runAsGroup: 1000
   fsGroup: 1000
   fsGroupChangePolicy: OnRootMismatch
-  {{- if lt (int (min .Values.service.port .Values.service.metricsPort)) 1024 }}
+  {{- if and .listens (lt (int (min .Values.service.port .Values.service.metricsPort)) 1024) }}
   sysctls: [{name: net.ipv4.ip_unprivileged_port_start, value: "0"}]  # else root's alone, by some runtimes
   {{- end }}
   seccompProfile: {type: RuntimeDefault}

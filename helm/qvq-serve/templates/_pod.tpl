@@ -21,7 +21,7 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
 spec:
-  {{- include "qvq.podSecurity" $root | nindent 2 }}
+  {{- include "qvq.podSecurity" (merge (dict "listens" true) $root) | nindent 2 }}
   # preStop, then the drain of running answers, then the engine's end.
   terminationGracePeriodSeconds: {{ $plan.graceSeconds }}
   {{- with $v.priorityClassName }}
@@ -53,8 +53,7 @@ spec:
       image: {{ include "qvq.image" $root }}
       imagePullPolicy: {{ $v.image.pullPolicy }}
       command: [qvq-serve, download, --wait, --model, {{ (include "qvq.launch" $root | fromYaml).model }}]
-      env:
-        - {name: QVQ_CACHE, value: /models}
+      env: {{- include "qvq.env" (dict "own" "[{name: QVQ_CACHE, value: /models}]" "extra" $v.extraEnv) | trim | nindent 8 }}
       resources:
         requests: {cpu: 100m, memory: 256Mi}
         limits: {memory: 1Gi}
