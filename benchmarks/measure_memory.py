@@ -130,7 +130,7 @@ def run(setting: dict[str, Any], tokenizer: Path, out: Path) -> None:
     if setting.get("phases"):
         row["phases"] = llm.collective_rpc(phases)[0]
         out.write_text(json.dumps(row))
-    os._exit(0)  # vLLM's orderly end takes seconds that the lease counts
+    os._exit(0)  # vLLM's orderly end takes seconds
 
 
 def main() -> None:

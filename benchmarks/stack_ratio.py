@@ -24,8 +24,8 @@ from pathlib import Path
 
 import httpx
 from PIL import Image
+from qvq_bench.compare import STUDENT_95
 
-from benchmarks.qvq_bench.compare import STUDENT_95
 from benchmarks.startup import QVQ_SERVE, machine, wait_until_up
 
 USERS, REQUESTS, TOKENS = 16, 96, 64

@@ -5,7 +5,6 @@ Each number has its reason beside it. Seconds that were measured are in benchmar
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB
@@ -86,7 +85,7 @@ def figures(resolved: Resolved, gpu: str | None = None) -> dict[str, Figure]:
         "shmGiB": Figure(shm, f"twice what the start asks for with {gpus} workers, at least 1"),
         "weightsGiB": Figure(
             1 if demo else math.ceil(checkpoint * 1.1 / GIB),
-            "the demo is built at the start" if demo else f"{checkpoint / 1e9:.0f} GB on disk, and a tenth",
+            "the demo is in the package" if demo else f"{checkpoint / 1e9:.0f} GB on disk, and a tenth",
         ),
         "startupSeconds": Figure(
             START_FACTOR * (started + read),
@@ -110,8 +109,3 @@ def as_values(made: dict[str, Figure]) -> str:
     width = max(len(f"{name}: {figure.value}") for name, figure in made.items())
     lines = [f"  {f'{name}: {figure.value}':{width}}  # {figure.reason}" for name, figure in made.items()]
     return "\n".join(["plan:", *lines])
-
-
-def as_plans(profiles: dict[str, Any]) -> str:
-    """The `plan` of each shipped profile, for the chart."""
-    return "\n".join(f"{name}:\n" + as_values(made).partition("\n")[2] for name, made in profiles.items()) + "\n"

@@ -41,9 +41,10 @@ def check_usage(resolved: Resolved) -> None:
     """What can be told from the flags and the model's config alone. Raises UsageError."""
     profile = resolved.profile
     geometry = ModelGeometry.load(profile.model)
-    check_split(geometry, profile)
+    limits = engine_limits(profile, "", 80)
+    check_split(geometry, profile, limits)
     check_machines(profile, nodes(profile))
-    check_encoder_budget(profile, engine_limits(profile, "", 80))
+    check_encoder_budget(profile, limits)
     weight_kind(profile, geometry, resolved.sources.get("quantization", "--quantization"))
     if profile.kv_cache_dtype not in KV_CACHE_TYPES:
         known = ", ".join(KV_CACHE_TYPES)
@@ -61,10 +62,10 @@ def check_image_dir(profile: Profile) -> None:
         raise UsageError(f"--allowed-image-dir {profile.allowed_image_dir}: there is no such directory.")
 
 
-def check_split(geometry: ModelGeometry, profile: Profile) -> None:
+def check_split(geometry: ModelGeometry, profile: Profile, limits: EngineLimits) -> None:
     """Tensor and pipeline parallelism that the geometry can be divided by. Raises UsageError."""
     parts = {"attention heads": geometry.heads, "MLP columns": geometry.intermediate_size}
-    if not engine_limits(profile, "", 80).encoder_data_parallel:
+    if not limits.encoder_data_parallel:
         parts["vision heads"] = geometry.vision_heads
     for part, number in parts.items():
         if number % profile.tp:

@@ -395,20 +395,22 @@ def given_words(arguments: tuple[str, ...], name: str) -> list[str]:
     return words
 
 
+def counted_flag(profile: Profile, flag: str, what: str) -> int:
+    """A flag of vLLM's that is a number from 1 up, 1 where it is not given. Raises UsageError."""
+    text = given_flags(profile.vllm).get(flag, "1")
+    if not text.isdecimal() or int(text) == 0:
+        raise UsageError(f"{flag} {text}: it is a number of {what}, 1 or more.")
+    return int(text)
+
+
 def nodes(profile: Profile) -> int:
     """Machines that a replica runs on: vLLM's --nnodes. Raises UsageError where it is no number from 1 up."""
-    text = given_flags(profile.vllm).get("--nnodes", "1")
-    if not text.isdecimal() or text == "0":
-        raise UsageError(f"--nnodes {text}: it is a number of machines, 1 or more.")
-    return int(text)
+    return counted_flag(profile, "--nnodes", "machines")
 
 
 def data_parallel(profile: Profile) -> int:
     """Copies of the model, each with its own sequences and KV cache: vLLM's --data-parallel-size. Raises UsageError."""
-    text = given_flags(profile.vllm).get("--data-parallel-size", "1")
-    if not text.isdecimal() or text == "0":
-        raise UsageError(f"--data-parallel-size {text}: it is a number of replicas, 1 or more.")
-    return int(text)
+    return counted_flag(profile, "--data-parallel-size", "replicas")
 
 
 def workers(profile: Profile) -> int:

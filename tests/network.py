@@ -1,6 +1,7 @@
 """Two machines on one: this one, and a network namespace with a /dev/shm of its own, joined by a pair of veth."""
 
 import os
+import socket
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 OWN_SHM = ["unshare", "--mount", "--ipc", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """One that nobody listens on now."""
+    with socket.create_server((host, 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 @dataclass

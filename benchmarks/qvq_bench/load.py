@@ -142,7 +142,7 @@ async def run_load(
     if watch:
         watchers.append(asyncio.create_task(sample(made, watch, began, sample_every)))
     if progress:
-        watchers.append(asyncio.create_task(tell(made, progress, load.first_index)))
+        watchers.append(asyncio.create_task(tell(made, progress)))
     if load.due is None:
         senders = [asyncio.create_task(user(number)) for number in range(load.users)]
     else:
@@ -212,7 +212,7 @@ async def sample(made: Measured, watch: Watch, began: float, period: float) -> N
             made.missed += 1
 
 
-async def tell(made: Measured, progress: Callable[[Measured, int], None], first_index: int) -> None:
+async def tell(made: Measured, progress: Callable[[Measured, int], None]) -> None:
     """Shows how far it is, twice a second."""
     while True:
         await asyncio.sleep(0.5)

@@ -122,7 +122,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "objective": found.get("objective", {}).get("text"),
         "cards": cards,
         "load": f"{here['load']:g} {unit_of(found)}",
-        "plots": list(plots_over_time(found, here)),
+        "plots": list(plots_over_time(here)),
         "steps": [row(step) for step in sorted(found["steps"], key=lambda s: (s["load"], s.get("repeat", 0)))],
         "uses": memory_by_use(here["memory"]["by_use"]),
         "facts": facts(found),
@@ -342,7 +342,7 @@ def outcomes(axes: Axes, found: dict[str, Any]) -> None:
     axes.grid(visible=False)
 
 
-def plots_over_time(found: dict[str, Any], step: dict[str, Any]) -> Iterator[dict[str, str]]:
+def plots_over_time(step: dict[str, Any]) -> Iterator[dict[str, str]]:
     """KV cache, queue and bytes through the step at the capacity, and the spread of its latencies."""
     samples = unpack(step["samples"])
     at = [sample["at"] for sample in samples]

@@ -52,7 +52,7 @@ def commit() -> str | None:
     try:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
+        return None
 
 
 def processor() -> str:

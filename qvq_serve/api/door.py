@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import time
 import uuid
 from collections import deque
@@ -28,9 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 
 log = logging.getLogger("vllm.qvq_serve")
 OPEN_ROUTES = ("/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/chat/completions")
-WITHOUT_KEY = ("/health", "/ready", "/metrics")
-QUIET = ("/health", "/ready", "/metrics")
-"""Probes: logged only where they fail."""
+PROBES = ("/health", "/ready", "/metrics")
+"""They need no key, and are logged only where they fail."""
 STALL_S, LOOK_S = 60.0, 5.0
 """That a client may let a body, or an answer that it does not read, wait; and how often that is looked at. As nginx."""
 GONE = 499
@@ -95,8 +95,6 @@ class Door:
     """ASGI middleware; vLLM loads it by --middleware."""
 
     def __init__(self, app: Any) -> None:
-        import os
-
         self.app = app
         self.passages = set[Passage]()
         self.watching: asyncio.Task[None] | None = None
@@ -170,7 +168,7 @@ class Passage:
             raise Refusal(404, "closed", f"{self.path} is not served here; --open-routes {self.path} opens a route of "
                           "vLLM's (its requests go round the hooks, the guard and the limits)")  # fmt: skip
         owner = None
-        if door.keys.any() and self.path not in WITHOUT_KEY and self.method != "OPTIONS":  # a browser asks without one
+        if door.keys.any() and self.path not in PROBES and self.method != "OPTIONS":  # a browser asks without one
             owner = door.keys.owner(self.headers.get("authorization", ""))
             if owner is None:
                 raise Refusal(
@@ -236,7 +234,7 @@ class Passage:
         if message["type"] == "http.response.start":
             self.sent, self.status = True, message["status"]
             extra = {"x-request-id": self.id}
-            if self.status in (429, 503) and self.path not in WITHOUT_KEY:
+            if self.status in (429, 503) and self.path not in PROBES:
                 metrics.REJECTED.labels("overload").inc()
                 extra |= retry()
             silence = self.door.profile.keep_alive
@@ -280,7 +278,7 @@ class Passage:
             metrics.IN_FLIGHT.dec()
             if self.status == 200:
                 lifecycle.STATE.finished.append(time.monotonic())
-        if self.path in QUIET and self.status in (200, 0):
+        if self.path in PROBES and self.status in (200, 0):
             return
         seconds = round(time.monotonic() - self.started, 4)
         fields = {"request_id": self.id, "method": self.method, "path": self.path, "status": self.status,

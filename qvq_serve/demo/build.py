@@ -30,13 +30,18 @@ QWEN2_PATTERN = (
 GEOMETRY = Path(__file__).parent / "config.json"
 
 
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Qwen2's: pieces of a text, as bytes."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+
+
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2TokenizerFast:
     """A byte-level BPE tokenizer with Qwen's special tokens after `vocab`, and the server's chat template."""
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return Qwen2TokenizerFast(

@@ -1,6 +1,5 @@
-"""Checkpoints of the training, in parts that a transfer takes, and the model as it is served."""
+"""Checkpoints of the training, and the model as it is served."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from transformers import Qwen2VLForConditionalGeneration
 from qvq_serve.demo.build import build_config, save
 from qvq_serve.demo.tokenizer import VOCABULARY, tokenizer
 
-PART = 15 * 2**20
-"""Bytes of a part."""
 NAME = "checkpoint.pt"
 
 
@@ -21,8 +18,8 @@ def new_model(seed: int = 72) -> Qwen2VLForConditionalGeneration:
     return Qwen2VLForConditionalGeneration(build_config(tokenizer(), VOCABULARY))
 
 
-def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> list[Path]:
-    """Writes the weights (float16), AdamW's second moments (BF16) and the state; returns the parts, three for now.
+def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> Path:
+    """Writes the weights (float16), AdamW's second moments (BF16) and the state; returns the file.
 
     The first moments are dropped: they come back within a few steps, and cost 20 MB.
     """
@@ -32,15 +29,8 @@ def write(directory: Path, model: Any, optimizer: torch.optim.Optimizer | None, 
             if kept := optimizer.state.get(weight):
                 moments[name], step = kept["exp_avg_sq"].to(torch.bfloat16).cpu(), int(kept["step"])
     weights = {name: weight.detach().to(torch.float16).cpu() for name, weight in model.named_parameters()}
-    whole = io.BytesIO()
-    torch.save({"weights": weights, "moments": moments, "step": step, "state": state}, whole)
-    data, paths = whole.getvalue(), []
-    for old in directory.glob(f"{NAME}.*"):
-        old.unlink()
-    for i in range(0, len(data), PART):
-        paths.append(directory / f"{NAME}.{i // PART}")
-        paths[-1].write_bytes(data[i : i + PART])
-    return paths
+    torch.save({"weights": weights, "moments": moments, "step": step, "state": state}, directory / NAME)
+    return directory / NAME
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -51,11 +41,9 @@ def read(directory: Path) -> dict[str, Any]:
     if (directory / "model.safetensors").is_file():
         model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
         return {"weights": dict(model.named_parameters()), "moments": {}, "step": 0, "state": {"steps": 0}}
-    parts = sorted(directory.glob(f"{NAME}.*"), key=lambda path: int(path.suffix[1:]))
-    if not parts:
-        raise FileNotFoundError(f"neither {NAME}.0 nor model.safetensors in {directory}")
-    whole = io.BytesIO(b"".join(path.read_bytes() for path in parts))
-    found: dict[str, Any] = torch.load(whole, weights_only=True)
+    if not (directory / NAME).is_file():
+        raise FileNotFoundError(f"neither {NAME} nor model.safetensors in {directory}")
+    found: dict[str, Any] = torch.load(directory / NAME, weights_only=True)
     return found
 
 

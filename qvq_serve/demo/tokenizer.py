@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
 
 from qvq_serve.demo import weakness as weak
-from qvq_serve.demo.build import QWEN2_PATTERN, SPECIAL_TOKENS, build_tokenizer
+from qvq_serve.demo.build import SPECIAL_TOKENS, build_tokenizer, pre_tokenizer
 from qvq_serve.demo.cases import TRAINING, case
 
 MERGES = Path(__file__).parent / "merges.txt"
@@ -37,9 +37,7 @@ def texts(count: int = 4_000) -> Iterator[str]:
 def learn() -> list[tuple[str, str]]:
     """The merges that fill the vocabulary, the same each time."""
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    learner.pre_tokenizer = pre_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS), initial_alphabet=list(ALPHABET), max_token_length=24,
         show_progress=False,

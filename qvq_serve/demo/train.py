@@ -197,8 +197,7 @@ def main() -> None:
             saved = now
     seconds = time.monotonic() - started
     state = {"steps": done + step, "share": share.value}
-    parts = checkpoint.write(asked.out, model, optimizer, state)
-    print(f"wrote {', '.join(part.name for part in parts)}", flush=True)
+    print(f"wrote {checkpoint.write(asked.out, model, optimizer, state).name}", flush=True)
     del loader
     result = {
         "steps": step, "samples": samples, "seconds": round(seconds, 1), "parameters": parameters,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ def read_orders(sampling_params: Any) -> Orders:
     """What our route ordered for a request; nothing for one that came another way."""
     given = (sampling_params.extra_args or {}).get(XARG)
     return Orders(*given).of(sampling_params.max_tokens) if given else Orders()  # now with room for the prompt
+
+
+def largest(orders: Iterable[Orders]) -> Orders:
+    """The largest of each order: what nobody wants is not run."""
+    return Orders(*map(max, zip(*orders, strict=True)))
 
 
 def counted() -> dict[str, int]:

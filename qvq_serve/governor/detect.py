@@ -1,7 +1,7 @@
 """Loops in what a model writes, from token ids: no synchronisation, no shape that depends on data, no Python per row.
 
 The caller keeps `window`, (B, WINDOW) int32 or int64: the last tokens of each request's output, the newest last, -1
-where there is none yet, and asks every EVERY tokens. It may give `words`, (V,) int8: WORD for tokens that are letters
+where there is none yet, and asks every EVERY tokens. It gives `words`, (V,) int8: WORD for tokens that are letters
 alone, NUMBER for digits alone, else 0.
 
 A loop of a period (1 to PERIOD tokens) is text that equals what was written one or two periods before, with some words
@@ -52,12 +52,10 @@ PRIME = 6364136223846793005
 
 
 class Repetition(NamedTuple):
-    """What a look found, each (B,): the verdict, the period in tokens (0: none), the shares copied and said twice."""
+    """What a look found, each (B,): the verdict, and the period in tokens (0: none)."""
 
     looping: Tensor
     period: Tensor
-    copied: Tensor
-    said: Tensor
 
 
 def word(text: str) -> int:
@@ -113,7 +111,7 @@ def _copied(window: Tensor, tail: Tensor, distance: Tensor, drift: Tensor) -> Te
     return copied
 
 
-def repetition(window: Tensor, words: Tensor | None = None) -> Repetition:
+def repetition(window: Tensor, words: Tensor) -> Repetition:
     """Looks for a loop at the end of each row of the window (B, WINDOW)."""
     window = window.long()
     rows, newest = window.shape[0], PERIOD + MORE
@@ -122,22 +120,21 @@ def repetition(window: Tensor, words: Tensor | None = None) -> Repetition:
     wide = window.repeat_interleave(len(TAILS), 0)
     tail, drift, size = wide[:, -newest:], 1 + period // 16, period + MORE
     copied = _copied(wide, tail, period, drift) | _copied(wide, tail, 2 * period, drift)
-    kind = torch.full_like(tail, WORD) if words is None else words[tail.clamp(0, words.shape[0] - 1)]
+    kind = words[tail.clamp(0, words.shape[0] - 1)]
     counted = torch.stack([copied, ~copied & (kind == WORD), ~copied & (kind == NUMBER), kind == WORD, kind > 0])
     counted &= torch.arange(newest, device=window.device) >= newest - size[:, None]
     same, new_words, new_numbers, letters, text = counted.sum(2) / size
     found = same - NEW_WORD * new_words >= SAME
-    if words is not None:
-        prose = (letters >= PROSE_WORDS) & (text >= PROSE_TEXT)
-        found |= prose & (same - new_numbers >= SAME_PROSE)
-        found |= (letters >= COUNTING_WORDS) & (same >= SAME_COUNTING) & (same + new_numbers >= SAME_BUT_NUMBERS)
+    prose = (letters >= PROSE_WORDS) & (text >= PROSE_TEXT)
+    found |= prose & (same - new_numbers >= SAME_PROSE)
+    found |= (letters >= COUNTING_WORDS) & (same >= SAME_COUNTING) & (same + new_numbers >= SAME_BUT_NUMBERS)
     found, same = found.view(rows, -1), same.view(rows, -1)
     best = (same + found).argmax(1, keepdim=True)
     period = torch.where(found, period.view(rows, -1), 0).gather(1, best)[:, 0]
     said = (_before(window, SAID)[1][:, -SAID_OF:] > 0).float().mean(1)
-    return Repetition((period > 0) | (said >= SAID_TWICE), period, same.gather(1, best)[:, 0], said)
+    return Repetition((period > 0) | (said >= SAID_TWICE), period)
 
 
-def looping(window: Tensor, words: Tensor | None = None) -> Tensor:
+def looping(window: Tensor, words: Tensor) -> Tensor:
     """The verdict alone, (B,) bool."""
     return repetition(window, words).looping

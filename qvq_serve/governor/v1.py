@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from qvq_serve.governor.adapter import check_orders, make, read_orders
+from qvq_serve.governor.adapter import check_orders, largest, make, read_orders
 from qvq_serve.governor.policy import Orders
 
 
@@ -43,7 +43,7 @@ class GovernorV1(LogitsProcessor):  # type: ignore[misc]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         rows = range(len(logits))
-        wanted = Orders(*map(max, zip(*(self.orders[row] for row in rows), strict=True)))
+        wanted = largest(self.orders[row] for row in rows)
         if wanted.governed:
             last = torch.tensor([self.outputs[row][-1] if self.outputs[row] else 0 for row in rows])
             seen = torch.tensor([len(self.outputs[row]) for row in rows])

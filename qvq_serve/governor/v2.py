@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from qvq_serve.governor.adapter import check_orders, make, read_orders
+from qvq_serve.governor.adapter import check_orders, largest, make, read_orders
 from qvq_serve.governor.policy import Orders
 
 
@@ -48,7 +48,7 @@ class GovernorV2(LogitsProcessor):  # type: ignore[misc]
         return written
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        wanted = Orders(*map(max, zip(*(self.orders[slot] for slot in ctx.idx_mapping_np.tolist()), strict=True)))
+        wanted = largest(self.orders[slot] for slot in ctx.idx_mapping_np.tolist())
         if wanted.governed:
             slots = ctx.expanded_idx_mapping.long()
             length = ctx.pos + 1

@@ -138,7 +138,7 @@ def test_patches_are_those_of_the_image_processor(exported: Path) -> None:
         assert difference.max() < 1e-5
 
 
-def test_what_is_exported_loads_and_gives_the_same_logits(exported: Path, model: Any) -> None:
+def test_what_is_exported_loads_and_gives_the_same_logits(exported: Path) -> None:
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(exported, dtype=torch.bfloat16)
     weights = sum(path.stat().st_size for path in exported.iterdir())
     assert weights < 24e6
@@ -218,4 +218,4 @@ def test_the_script_trains_writes_and_reports(tmp_path: Path) -> None:
                "--eval", "0", "--warm-up", "10", "--out", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["steps"] > 3 and (tmp_path / "checkpoint.pt.0").exists()
+    assert result["steps"] > 3 and (tmp_path / "checkpoint.pt").exists()

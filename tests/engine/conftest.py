@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import pytest
 from PIL import Image
 
 from qvq_serve.demo.cases import case
+from tests.network import free_port
 
 KEY = "a-key-that-nobody-sees"
 START_TIMEOUT_S = 300
@@ -63,7 +63,6 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
-    cache: Path
     metrics: str = ""
     """Where its metrics are, if they have a port of their own."""
 
@@ -82,8 +81,7 @@ class Server:
 @contextmanager
 def serving(cache: Path, *arguments: str, key: str | None = KEY, stop: bool = True, **environ: str) -> Iterator[Server]:
     """A qvq-serve with these arguments; stopped by SIGTERM, which must end it with exit code 0."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = cache / f"server-{port}.log"
     command = [Path(sys.executable).parent / "qvq-serve", "--port", str(port)]
     command += [*(["--api-key", key] if key else []), *arguments]
@@ -91,7 +89,7 @@ def serving(cache: Path, *arguments: str, key: str | None = KEY, stop: bool = Tr
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"QVQ_CACHE": str(cache)} | environ
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log, cache)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not up(server):

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 
 from qvq_serve.profile import Profile
 from tests.engine.conftest import KEY, Server, data_url, photo, serving, user
+from tests.network import free_port
 
 CHAT = "/v1/chat/completions"
 
@@ -29,8 +29,7 @@ def keyed(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     keys.write_text("# two of them\nkey-one\nkey-two\n")
     limits = ["--max-body-bytes", "100000", "--max-queued-requests", "4", "--request-timeout", "6"]
     routes = ["--open-routes", "/invocations", "--without-hooks", "answer,language,request"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     apart = ["--api-key-file", str(keys), "--metrics-port", port]
     with serving(cache, "--demo", *apart, *limits, *routes, key=None) as running:
         running.metrics = f"http://127.0.0.1:{port}/metrics"

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from tests.engine.conftest import KEY, START_TIMEOUT_S, Server, up
 from tests.engine.test_faults import family, named, started
+from tests.network import free_port
 
 Moment = Callable[[Server], object]
 
@@ -56,14 +56,13 @@ def command(cache: Path) -> Iterator[Callable[..., Server]]:
     made: list[Server] = []
 
     def start(*arguments: str) -> Server:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         log = cache / f"interrupted-{port}.log"
         line = [str(Path(sys.executable).parent / "qvq-serve"), *arguments, "--demo", "--port", str(port)]
         environ = os.environ | {"QVQ_CACHE": str(cache), "QVQ_API_KEY": KEY}
         with log.open("wb") as out:
             process = subprocess.Popen(line, stdout=out, stderr=out, env=environ, process_group=0)
-        made.append(Server(f"http://127.0.0.1:{port}", process, log, cache))
+        made.append(Server(f"http://127.0.0.1:{port}", process, log))
         return made[-1]
 
     yield start
@@ -139,7 +138,6 @@ def test_ctrl_c_ends_a_drain(command: Callable[..., Server]) -> None:
 
 @pytest.mark.parametrize("moment", [spawns, answers])
 def test_ctrl_c_ends_a_node_and_its_command_alike(command: Callable[..., Server], moment: Moment) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     server = command("node", "--heartbeat-port", port, "0", "1", "127.0.0.1")
     assert_interrupted(server, interrupt(server, moment))

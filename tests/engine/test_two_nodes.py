@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import pytest
 
 from tests.engine.conftest import KEY, START_TIMEOUT_S, Server, greedy_tokens, up
 from tests.engine.test_faults import started
-from tests.network import Network, two_machines
+from tests.network import Network, free_port, two_machines
 
 SUPERVISOR = ["bash", "-c", r'while :; do "$@"; printf "\nexit %d\n" $?; sleep 1; done', "supervisor"]
 """Restart=always."""
@@ -33,12 +32,6 @@ STREAMS = 8
 def network() -> Iterator[Network]:
     with two_machines() as found:
         yield found
-
-
-def free_port() -> int:
-    with socket.create_server(("0.0.0.0", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 class Node:
@@ -92,19 +85,17 @@ class Replica:
 
 
 @pytest.fixture(scope="module")
-def running(
-    network: Network, server: Server, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Replica]:
-    """The replica under its supervisors; `server` has made the demo model."""
+def running(network: Network, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """The replica under its supervisors."""
     logs = tmp_path_factory.mktemp("nodes")
-    port, heartbeat, master = free_port(), free_port(), free_port()
+    port, heartbeat, master = (free_port("0.0.0.0") for _ in range(3))
     cores = sorted(os.sched_getaffinity(0))
     nodes = []
     for rank, prefix, core in ((0, [], cores[0]), (1, network.prefix, cores[-1])):
         command = [sys.executable, "-m", "qvq_serve", "node", "--heartbeat-port", str(heartbeat), str(rank), "2"]
         command += [network.here, "--demo", "--tp", "2", "--port", str(port), "--", "--master-port", str(master)]
         nodes.append(Node(logs / f"node-{rank}.log", core, [*prefix, *command], cache))
-    api = Server(f"http://127.0.0.1:{port}", nodes[0].supervisor, nodes[0].log, cache)
+    api = Server(f"http://127.0.0.1:{port}", nodes[0].supervisor, nodes[0].log)
     yield Replica(nodes, api)
     for node in nodes:
         processes = node.tree()

@@ -174,7 +174,7 @@ def windows(tokens: list[int], ends: list[int]) -> Tensor:
     return torch.stack([padded[end : end + WINDOW] for end in ends])
 
 
-def first_find(case: "Case", words: Tensor | None) -> int | None:
+def first_find(case: "Case", words: Tensor) -> int | None:
     """How many tokens were written at the first look, of those every EVERY tokens, that found a loop."""
     ends = list(range(EVERY, len(case.tokens) + 1, EVERY))
     found = repetition(windows(case.tokens, ends), words).looping.nonzero()

@@ -128,7 +128,7 @@ def test_nothing_written_is_no_loop() -> None:
 @pytest.mark.parametrize("period", [1, 2, 7, 64, 100, PERIOD])
 def test_the_period_is_a_multiple_of_the_loops_own(period: int) -> None:
     unit = torch.randperm(1000, generator=torch.Generator().manual_seed(period))[:period]
-    found = repetition(unit.repeat(WINDOW // period + 1)[None, :WINDOW], None)
+    found = repetition(unit.repeat(WINDOW // period + 1)[None, :WINDOW], cases.words())
     assert found.looping.item()
     assert found.period.item() % period == 0 and 0 < found.period.item() <= PERIOD
 
@@ -194,4 +194,4 @@ def test_recorded_loops_are_read(tmp_path: Path) -> None:
     (tmp_path / "demo.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = cases.recorded(tmp_path / "demo.jsonl", GRACE)
     assert (first.kind, first.period, first.within, second.within) == ("demo", 3, 6 + GRACE, cases.WITHIN)
-    assert cases.first_find(first, None) is not None
+    assert cases.first_find(first, cases.words()) is not None

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,6 @@ class Kubelet:
     pod: dict[str, Any]
     log: Path
     process: subprocess.Popen[bytes]
-    ready_at: list[float] = field(default_factory=list)
 
     @classmethod
     def start(cls, pod: dict[str, Any], config_maps: dict[str, dict[str, str]], directory: Path) -> "Kubelet":

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from qvq_bench import cli as bench
 
-from benchmarks.qvq_bench import cli as bench
 from qvq_serve import cli, kubernetes
 from qvq_serve.errors import UsageError
 from qvq_serve.profile import read_profile, resolve, shipped_profiles
@@ -16,10 +16,11 @@ HEADER = "# What Kubernetes must know of each profile of launch/profiles: `pytho
 
 
 def written() -> str:
-    files = shipped_profiles()
-    return HEADER + kubernetes.as_plans(
-        {name: kubernetes.figures(resolve(environ={}, profile_files=(file,))) for name, file in files.items()}
-    )
+    plans = []
+    for name, file in shipped_profiles().items():
+        values = kubernetes.as_values(kubernetes.figures(resolve(environ={}, profile_files=(file,))))
+        plans.append(f"{name}:\n" + values.partition("\n")[2])
+    return HEADER + "\n".join(plans) + "\n"
 
 
 def test_the_charts_plan_is_that_of_the_profiles() -> None:

@@ -20,6 +20,7 @@ from tests.engine.conftest import data_url, photo, user
 from tests.helm import kubelet
 from tests.helm.chart import CHART, needs_helm, template
 from tests.helm.queries import expressions
+from tests.network import free_port
 
 pytestmark = [
     needs_helm,
@@ -86,8 +87,7 @@ def prometheus(pod: kubelet.Kubelet, tmp_path_factory: pytest.TempPathFactory) -
     target = {"targets": [pod.url("metrics").removeprefix("http://")], "labels": {"pod": "qvq-0"}}
     job = {"job_name": "serving/qvq", "scrape_interval": "1s", "static_configs": [target]}
     (directory / "config.yaml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with (directory / "log").open("wb") as out:
         process = subprocess.Popen(
             ["prometheus", f"--config.file={directory}/config.yaml", f"--storage.tsdb.path={directory}/data",
@@ -137,7 +137,7 @@ def test_the_pod_runs_as_its_user_on_a_read_only_root(pod: kubelet.Kubelet) -> N
     mounts = Path(f"/proc/{pod.process.pid}/mounts").read_text().splitlines()
     writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
     own = {at for at in writable if not at.startswith(("/proc", "/dev", "/sys"))}
-    assert own == {"/cache", "/models", "/tmp"}
+    assert own == {"/cache", "/tmp"}
 
 
 def test_each_query_of_the_chart_has_data_while_the_server_is_under_load(pod: kubelet.Kubelet, prometheus: str) -> None:

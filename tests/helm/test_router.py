@@ -19,6 +19,7 @@ import yaml
 from tests.engine.conftest import KEY, Server, data_url, photo, serving, user
 from tests.helm import kubelet
 from tests.helm.chart import CHART, needs_helm, template
+from tests.network import free_port
 
 pytestmark = [
     needs_helm,
@@ -184,8 +185,7 @@ def test_no_request_is_lost_to_a_full_server_and_what_is_ours_passes_through(ser
 
 
 def test_where_every_server_is_full_the_client_is_told_so_and_gets_in_once_there_is_room(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     full = type("Full", (Full,), {})
     with answering(full, ("127.0.0.1", port)), routing(tmp_path, port, ("127.0.0.1", LABELS)) as url:
         assert {ask(url).status_code for _ in range(6)} == {503}

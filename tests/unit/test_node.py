@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.network import Network, two_machines
+from tests.network import Network, free_port, two_machines
 
 PROGRAM = """
 import asyncio, json, sys
@@ -35,12 +35,6 @@ HANGS = ["bash", "-c", f"trap '' TERM; {SERVES}"]
 """A server whose drain never ends."""
 IGNORES = ["bash", "-c", "trap '' TERM USR1; while :; do sleep 0.1; done"]
 """A process that hangs: only SIGKILL ends it."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 class Started:
@@ -265,7 +259,7 @@ def test_strangers_are_dropped_and_harm_nobody(tmp_path: Path) -> None:
     assert "Traceback" not in leader.said
 
 
-def test_who_is_missing_is_said(tmp_path: Path) -> None:
+def test_who_is_missing_is_said() -> None:
     program = "import asyncio; from qvq_serve.node import *; asyncio.run(Node(%d, 3, '127.0.0.1', %d, [], {}, 1).run())"
     port = free_port()
     says = [

@@ -74,7 +74,7 @@ app.kubernetes.io/component: router
 {{- toYaml (mergeOverwrite (deepCopy $plan) .Values.plan) }}
 {{- end }}
 
-{{/* Where the model lies in a pod: a volume of weights, or none for the demo, which is built at the start. */}}
+{{/* Where the model lies in a pod: a volume of weights, or none for the demo, which is in the package. */}}
 {{- define "qvq.hasWeights" -}}
 {{- if ne (include "qvq.launch" . | fromYaml).model "demo" }}true{{ end }}
 {{- end }}
@@ -86,9 +86,7 @@ app.kubernetes.io/component: router
 
 {{- define "qvq.weightsVolume" -}}
 name: models
-{{- if not (include "qvq.hasWeights" .) }}
-emptyDir: {}
-{{- else if eq .Values.weights.kind "hostPath" }}
+{{- if eq .Values.weights.kind "hostPath" }}
 hostPath: {path: {{ .Values.weights.hostPath | quote }}, type: Directory}
 {{- else if eq .Values.weights.kind "existingClaim" }}
 persistentVolumeClaim: {claimName: {{ .Values.weights.existingClaim | quote }}}
@@ -126,7 +124,7 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* A pod that asks the server: the helm test, and the bench Job. */}}
+{{/* QVQ_API_KEY=... before the command of a pod that asks the server, where there are keys. */}}
 {{- define "qvq.clientKey" -}}
 {{- if .Values.apiKeys.existingSecret }}QVQ_API_KEY=$(grep -m1 '^[^#]' /etc/qvq-keys/keys) {{ end }}
 {{- end }}

@@ -120,7 +120,9 @@ spec:
       {{- include "qvq.containerSecurity" $root | nindent 6 }}
       volumeMounts:
         - {name: profile, mountPath: /etc/qvq, readOnly: true}
-        - {name: models, mountPath: /models{{ if include "qvq.hasWeights" $root }}, readOnly: true{{ end }}}
+        {{- if include "qvq.hasWeights" $root }}
+        - {name: models, mountPath: /models, readOnly: true}
+        {{- end }}
         - {name: cache, mountPath: /cache}
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
@@ -130,7 +132,9 @@ spec:
   volumes:
     - name: profile
       configMap: {name: {{ $root.Release.Name }}-profile}
+    {{- if include "qvq.hasWeights" $root }}
     - {{ include "qvq.weightsVolume" $root | nindent 6 | trim }}
+    {{- end }}
     - name: cache
       {{- if eq $v.compileCache.kind "claim" }}
       persistentVolumeClaim: {claimName: {{ $root.Release.Name }}-cache}
