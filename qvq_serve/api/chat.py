@@ -73,6 +73,14 @@ class QvqChatRequest(ChatCompletionRequest):  # type: ignore[misc]
             limits.check_body(data)
         return data
 
+    @model_validator(mode="after")
+    def contents_are_lists(self) -> Any:
+        """Of a message that pydantic takes for OpenAI's type the parts are an iterator, which can be read once."""
+        for message in self.messages:
+            if not isinstance(message.get("content"), str | list | None):
+                message["content"] = list(message["content"])
+        return self
+
 
 def attach(app: FastAPI) -> None:
     """Put the route in the place of vLLM's, and OpenAI's shape on what Starlette refuses: a method, a body's bytes."""
@@ -265,6 +273,7 @@ async def whole(context: Context, chain: Chain, response: dict[str, Any]) -> dic
         else:
             if answer.content != content:
                 message["content"] = answer.content
+                choice |= {"logprobs": None, "token_ids": None}  # of what it was
         choice["finish_reason"] = told(choice["finish_reason"], answer)
         (choice if several else response)["qvq"] = answer.qvq
     return response

@@ -35,7 +35,7 @@ STALL_S, LOOK_S = 60.0, 5.0
 """That a client may let a body, or an answer that it does not read, wait; and how often that is looked at. As nginx."""
 GONE = 499
 """The status in the log of a request whose client went away, as nginx's."""
-DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id")
+DROPPED_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank", b"x-request-id", b"x-session-id")
 """By which a client would choose its place in the queue, or the engine's name of a request, which must be unique."""
 
 
@@ -298,7 +298,8 @@ def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 def clean(request_id: str) -> str:
     """A client's request id, if it is short and plain enough for a log."""
-    return request_id if len(request_id) <= 128 and request_id.replace("-", "").replace("_", "").isalnum() else ""
+    plain = request_id.isascii() and request_id.replace("-", "").replace("_", "").isalnum()
+    return request_id if plain and len(request_id) <= 128 else ""
 
 
 def int_or(text: str | None, default: int) -> int:

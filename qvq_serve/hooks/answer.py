@@ -37,7 +37,8 @@ def plain(box: str) -> str:
         text, changed = WRAPPER.subn(r"\1", text)
         if not changed:
             break
-    text = SPACE.sub(" ", text.replace("{,}", ",")).strip().removeprefix("$").removesuffix("$")
+    text = SPACE.sub(" ", text.replace("{,}", ",")).strip()
+    text = re.sub(r"^\$|(?<!\\)\$$", "", text)
     return re.sub(r"\\([%$#&_{}])", r"\1", text).strip()
 
 
@@ -62,4 +63,5 @@ class BoxedAnswer(Hook):
     name = "answer"
 
     async def after(self, context: Context, answer: Answer) -> None:
-        answer.qvq["answer"] = boxed_answer(answer.content, answer.reasoning)
+        shown = answer.reasoning if getattr(context.request, "include_reasoning", True) else ""  # else no guard saw it
+        answer.qvq["answer"] = boxed_answer(answer.content, shown)

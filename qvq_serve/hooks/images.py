@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import io
+import re
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,6 +178,10 @@ NO_FILE = "is no readable image below the server's --allowed-image-dir"
 """More would name the server's directories, or tell what else is there."""
 MOST_SCANS = 64
 """Of a JPEG; cameras and programs write ten or so. Each is decoded over the whole image, in a thread that all share."""
+MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+"""Of a JPEG's segment. In a scan's data FF 00 is a byte, and FF D0 to D7 begin it anew."""
+END, SCAN, START = b"\xd9", b"\xda", b"\xd8"
+MOST_SEGMENTS = 10_000
 Image.init()
 FORMATS = [
     name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
@@ -197,6 +202,17 @@ def decoded(url: str, most_bytes: int) -> bytes:
         raise FetchError("cannot be read: its data is no base64") from None
 
 
+def scans_of(content: bytes) -> int:
+    """Scans of a JPEG up to its end, behind which phones put a film; one more than it may have, where none comes."""
+    at = found = 0
+    for _ in range(MOST_SEGMENTS):
+        if not (marker := MARKER.search(content, at)) or marker[1] == END:
+            return found
+        found += marker[1] == SCAN
+        at = marker.end() + (0 if marker[1] == START else int.from_bytes(content[marker.end() : marker.end() + 2]))
+    return MOST_SCANS + 1
+
+
 def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
     """The image in some bytes, its size looked at before it is decoded. Raises FetchError, or Pillow's errors."""
     with warnings.catch_warnings():
@@ -206,7 +222,7 @@ def loaded(media: ImageMediaIO, content: bytes, most_pixels: int) -> Any:
                 width, height = image.size
                 mode = image.mode
                 clear = mode == "RGB" and "transparency" in image.info
-                scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+                scans = scans_of(content) if image.format in ("JPEG", "MPO") else 0
         except UnidentifiedImageError:
             raise FetchError("cannot be read: it is no image of a kind that is known here") from None
     if width * height > most_pixels:

@@ -11,6 +11,8 @@ MARKERS = (
 """Each ends the reasoning, the first one wins."""
 BOLD = tuple(marker for marker in MARKERS if marker.startswith("**"))
 COLONS = tuple(marker for marker in MARKERS if marker.endswith((":", "：")))
+GRAMMARS_LEAD = "**\n\n"
+"""What a grammar writes between the first of them and its answer."""
 ENDED = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 BOLD_LEAD = re.compile(r"(?:s?[:：]?\*\*\s*[:：]?|s?[:：])?\s*")
 LEAD = re.compile(r"(?:s?[:：])?\s*")

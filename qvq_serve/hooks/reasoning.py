@@ -19,8 +19,8 @@ from qvq_serve.engine import PARSER, launched_profile
 from qvq_serve.hooks import CONTEXT
 from qvq_serve.hooks.answer import conclusion
 from qvq_serve.hooks.governing import GOVERNED, Act, act
-from qvq_serve.hooks.markers import BOLD, BOLD_LEAD, ENDED, LEAD, MARKERS, MAYBE_LEAD
-from qvq_serve.hooks.request import is_answering, most_tokens
+from qvq_serve.hooks.markers import BOLD, BOLD_LEAD, ENDED, GRAMMARS_LEAD, LEAD, MARKERS, MAYBE_LEAD
+from qvq_serve.hooks.request import BEHIND, is_answering, most_tokens
 
 TURN, TURN_START = "<|im_start|>", "<|im_start|>assistant\n"
 PARSERS = "qvq_parsers"
@@ -173,15 +173,19 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
         if self.space and not self.space.isspace():
             sent = self.space.rstrip()
             self.space = self.space[len(sent) :]
-        if self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
+        grammar = self.context is not None and BEHIND in self.context.state
+        if self.lead is not None and grammar:
+            if last or len(self.lead) >= len(GRAMMARS_LEAD):
+                cut = GRAMMARS_LEAD.startswith(self.lead)
+                answer, self.lead = "" if cut else self.lead.removeprefix(GRAMMARS_LEAD), None
+        elif self.lead is not None and (last or not MAYBE_LEAD.fullmatch(self.lead)):
             lead = (BOLD_LEAD if self.bold else LEAD).match(self.lead)
             assert lead  # of nothing, at least
-            grammar = self.context and self.context.request.structured_outputs  # it admits no end of bold
-            self.unclosed = self.bold and not grammar and not re.search(r"\*\*|\n", lead[0])
+            self.unclosed = self.bold and not re.search(r"\*\*|\n", lead[0])
             answer, self.lead = self.lead[lead.end() :], None
         if self.unclosed or self.star:
             answer = self.without_end_of_bold(answer, last)
-        if last and not (self.sent["content"] or answer):
+        if last and not (self.sent["content"] or answer or (grammar and self.marked)):
             answer, self.marked = conclusion(self.raw), False
         self.sent["reasoning"] += sent
         self.sent["content"] += answer
@@ -227,7 +231,7 @@ class QvqReasoningParser(ReasoningParser):  # type: ignore[misc]
             # A byte-level token's spelling has a character for each of its bytes; a special one leaves no text.
             left, self.before = len(self.raw.encode()) - 2 * self.raw.count("\ufffd"), 0
             for token, spelling in zip(ids, self.model_tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
-                left -= 0 if token in self.special else len(spelling)
+                left -= 0 if spelling is None or token in self.special else len(spelling)  # None: beyond the tokenizer
                 if left < 0:
                     break
                 self.before += 1

@@ -1,11 +1,12 @@
 """What a request gets before it runs: a thinking budget, an end of loops, a grammar behind the reasoning."""
 
 import json
+import math
 import re
 from typing import Any
 
 from qvq_serve.hooks import Context, Hook, Refuse
-from qvq_serve.hooks.markers import ENDED, MARKERS
+from qvq_serve.hooks.markers import ENDED, GRAMMARS_LEAD, MARKERS
 from qvq_serve.profile import Profile
 
 SHARE_OF_REASONING = 0.75
@@ -19,6 +20,13 @@ LOOP_LEAST, LOOP_COUNT = 8, 6
 SOURCE_LINE = r"^\[[\d:]+\] \S+: "
 MOST_WHITESPACE = 24
 """Of JSON, in one place: enough for its indentation, and no loop of spaces."""
+BEHIND = "grammar behind the reasoning"
+"""Where a request's context says that its answer is a grammar's."""
+MOST_UNROLLED, MOST_COUNTED = 10_000, 20_000
+"""Of a schema: characters of a pattern by how often it may repeat (of several, the root of their squares' sum);
+properties by how many must or may be there. xgrammar takes up to half a second for so much, in the loop that all
+requests share, and minutes for more."""
+REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
 
 class RequestDefaults(Hook):
@@ -30,6 +38,8 @@ class RequestDefaults(Hook):
         self.profile = profile
 
     async def before(self, context: Context) -> None:
+        from vllm.exceptions import VLLMClientError
+
         request = context.request
         most, asked = self.profile.thinking_budget, request.thinking_token_budget
         if most is not None:
@@ -37,7 +47,8 @@ class RequestDefaults(Hook):
         try:
             grammar = request.extract_structured_outputs()
             behind = None if grammar is None or is_answering(request) else behind_reasoning(grammar)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: xgrammar's, with the line of its source before it
+        # RuntimeError: xgrammar's, with the line of its source before it
+        except (ValueError, RuntimeError, VLLMClientError) as error:
             raise Refuse(f"the grammar cannot be used: {re.sub(SOURCE_LINE, '', str(error))}") from None
         if grammar is None and request.repetition_detection is None and self.profile.loop_pattern:
             request.repetition_detection = loop_detection(self.profile.loop_pattern)
@@ -46,6 +57,7 @@ class RequestDefaults(Hook):
             return
         # With a grammar the budget ends a loop, so that its answer comes.
         request.structured_outputs, request.response_format = behind, None
+        context.state[BEHIND] = True
         if request.thinking_token_budget is None:
             request.thinking_token_budget = int(most_tokens(request, self.profile) * SHARE_OF_REASONING)
 
@@ -76,7 +88,7 @@ def behind_reasoning(grammar: Any) -> Any:
     Raises ValueError or RuntimeError for what cannot be compiled, or would not be enforced.
     """
     from vllm.parser.abstract_parser import structured_outputs_to_format
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
     from xgrammar import Grammar
 
@@ -84,15 +96,43 @@ def behind_reasoning(grammar: Any) -> Any:
         if getattr(grammar, name):
             raise ValueError(f"structured_outputs.{name} has no effect behind the reasoning; leave it out")
     schema = json.loads(grammar.json) if isinstance(grammar.json, str) else grammar.json
+    if isinstance(schema, dict):
+        check_json_nesting(schema)
+        check_cost(schema)
     if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
         raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
     text = {"type": "any_text", "excludes": list(MARKERS[1:])}
     reasoning = {"type": "tag", "begin": "", "content": text, "end": MARKERS[0]}
-    gap = {"type": "regex", "pattern": "[:：]?[ \\n]{0,4}"}
+    lead = {"type": "const_string", "value": GRAMMARS_LEAD}
     answer = structured_outputs_to_format(grammar).model_dump()
     if answer["type"] == "json_schema":
         answer["max_whitespace_cnt"] = MOST_WHITESPACE
-    whole = {"type": "structural_tag", "format": {"type": "sequence", "elements": [reasoning, gap, answer]}}
+    whole = {"type": "structural_tag", "format": {"type": "sequence", "elements": [reasoning, lead, answer]}}
     tag = json.dumps(whole)
     Grammar.from_structural_tag(tag)  # vLLM would try another back end, and tell of that one's trouble
     return StructuredOutputsParams(structural_tag=tag)
+
+
+def check_cost(schema: Any) -> None:
+    """Raises ValueError for a JSON schema that takes xgrammar long."""
+    squares, counted, rest = 0, 0, [schema]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, list):
+            rest += part
+        elif isinstance(part, dict):
+            rest += part.values()
+            named = part.get("patternProperties")
+            patterns = [part.get("pattern"), *(named if isinstance(named, dict) else ())]
+            for pattern in (one for one in patterns if isinstance(one, str)):
+                times = [int(count or 0) for found in REPEATED.findall(pattern) for count in found]
+                squares += (max(times, default=0) * len(pattern)) ** 2
+            bounds = [part.get(name) for name in ("minProperties", "maxProperties")]
+            most = max((bound for bound in bounds if isinstance(bound, int)), default=0)
+            counted += most * len(part["properties"] if isinstance(part.get("properties"), dict) else ())
+    if (unrolled := math.isqrt(squares)) > MOST_UNROLLED:
+        raise ValueError(
+            f"its patterns repeat {unrolled} characters, above {MOST_UNROLLED}; maxLength bounds a string at no cost"
+        )
+    if counted > MOST_COUNTED:
+        raise ValueError(f"it counts {counted} properties by minProperties and maxProperties, above {MOST_COUNTED}")

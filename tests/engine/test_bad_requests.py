@@ -91,7 +91,20 @@ def test_an_icon_is_refused_before_it_is_decoded(server: Server) -> None:
     assert "it is no image of a kind that is known here" in refused(server, inline(content.getvalue()), "What?")
 
 
+def test_a_film_behind_a_photo_counts_no_scans(server: Server) -> None:
+    """As phones write them; its bytes hold what looks like a scan's begin, and most were refused."""
+    buffer = io.BytesIO()
+    photo(64, 64).save(buffer, "JPEG")
+    moving = inline(buffer.getvalue() + b"\xff\xda" * 1000, "image/jpeg")
+    assert server.chat(user(moving, "What?"), max_tokens=1).status_code == 200
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"items": nested(depth - 1)} if depth else {}
+
+
 UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
+MANY_PROPERTIES = {"properties": {f"p{at}": {} for at in range(1200)}, "minProperties": 200}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,13 @@ UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
         ({"structured_outputs": {"json": "{"}}, "the grammar cannot be used: Expecting property name"),
         ({"structured_outputs": {"regex": "[a-"}}, "the grammar cannot be used: Regex parsing error at position 4"),
         ({"structured_outputs": {"json": {"enum": []}}}, "the grammar cannot be used: enum array must not be empty"),
+        (
+            {"structured_outputs": {"json": {"pattern": "(a|b|c){1,5000}"}}},
+            "its patterns repeat 75000 characters, above",
+        ),
+        ({"structured_outputs": {"json": {"patternProperties": {"(a|b|c){5000}": {}}}}}, "its patterns repeat 65000"),
+        ({"structured_outputs": {"json": MANY_PROPERTIES}}, "it counts 240000 properties by minProperties"),
+        ({"structured_outputs": {"json": nested(100)}}, "the grammar cannot be used: The JSON schema is nested too deeply"),
         ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
         ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
         ({"thinking_token_budget": 2**70}, "thinking_token_budget"),

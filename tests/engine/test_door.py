@@ -139,6 +139,8 @@ def test_what_could_stall_or_kill_the_engine_is_refused_by_name(
 def test_fields_that_clients_send_by_themselves_and_those_that_are_not_theirs_do_no_harm(server: Server) -> None:
     image = {"type": "image_url", "image_url": {"url": data_url(photo(64, 64))}, "uuid": "somebody-elses"}
     message = {"role": "user", "content": [image, {"type": "text", "text": "What?"}]}
+    missing = {"type": "image_url", "image_url": None, "uuid": "somebody-elses"}
+    again = {"role": "user", "content": [missing, {"type": "text", "text": "What?"}]}
     mine = {
         "user": "me",
         "audio": None,
@@ -149,11 +151,17 @@ def test_fields_that_clients_send_by_themselves_and_those_that_are_not_theirs_do
         "priority": -100,
         "session_id": "s",
     }
-    assert post(server, messages=[message], **mine).status_code == 200
+    plain = post(server, messages=[message], **mine)
+    assert plain.status_code == 200
+    # pydantic takes such a message for another type, whose parts can be read once: all was seen, or nothing.
+    odd = post(server, messages=[message | {"tool_call_id": 5}], **mine)
+    assert odd.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"]
+    assert odd.json()["qvq"]["visual_tokens"] == plain.json()["qvq"]["visual_tokens"] > 0
+    large = post(server, messages=[message | {"tool_call_id": 5}], min_visual_tokens=600, **mine)
+    assert large.json()["qvq"]["visual_tokens"] >= 600
+    assert post(server, messages=[again | {"tool_call_id": 5}], **mine).status_code == 400
     by_the_router = {"separate_reasoning": True, "stream_reasoning": True, "no_stop_trim": False}
     assert post(server, messages=[message], **by_the_router, return_hidden_states=False).status_code == 200
-    missing = {"type": "image_url", "image_url": None, "uuid": "somebody-elses"}
-    again = {"role": "user", "content": [missing, {"type": "text", "text": "What?"}]}
     assert post(server, messages=[again], **mine).status_code == 400
 
 

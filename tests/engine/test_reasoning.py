@@ -82,17 +82,31 @@ def test_what_is_left_of_a_marker_is_cut_off_and_no_more(text: str, content: str
     assert apart(f"A.\n\n{text}") == ("A.", content)
 
 
-@pytest.mark.parametrize("grammar", [None, {"regex": ".*"}])
-def test_an_answer_by_a_grammar_is_whole_behind_a_marker_that_it_cannot_close(grammar: dict[str, str] | None) -> None:
-    """`"2**3"` was made `"23"`, as if the first ** ended the marker's bold."""
-    request = SimpleNamespace(n=1, structured_outputs=grammar, continue_final_message=False)
-    token = CONTEXT.set(Context(request))
+@pytest.mark.parametrize("answer", ['{"f": "2**3"}', "**yes**", "s: x", ":a", "    return x", "\n", "**", ""])
+def test_an_answer_by_a_grammar_is_whole(answer: str) -> None:
+    """What looked like the rest of a marker was cut off, and an empty one was made of the reasoning."""
+    from qvq_serve.hooks.markers import GRAMMARS_LEAD
+    from qvq_serve.hooks.request import BEHIND
+
+    token = CONTEXT.set(Context(SimpleNamespace(n=1, continue_final_message=False), state={BEHIND: True}))
     try:
-        made = parser()
+        made, text = parser(), f"A.\n\n{MARKERS[0].removesuffix(GRAMMARS_LEAD)}{GRAMMARS_LEAD}{answer}"
+        assert made.extract_reasoning(text, None) == ("A.", answer or None)
+        assert made.parsed([]).marked
+        assert streamed([*text], [])[:2] == ("A.", answer or None)
     finally:
         CONTEXT.reset(token)
-    content = made.extract_reasoning('A.\n\n**Final Answer: {"f": "2**3"}', None)[1]
-    assert content == ('{"f": "2**3"}' if grammar else '{"f": "23"}')
+
+
+def test_tokens_beyond_the_tokenizer_are_reasoning() -> None:
+    """The model has more rows than the tokenizer has tokens, and a bias can choose one; it broke the answer."""
+    made, encode = parser(), tokenizer().encode
+    text = "Let me see.\n\n"
+    made.extract_reasoning(f"{text}**Final Answer**\n\n4", None)
+    beyond = len(tokenizer()) + 100
+    assert made.count_reasoning_tokens([beyond, *encode(text), *encode("**Final Answer**\n\n4")]) == 1 + len(
+        encode(text)
+    )
 
 
 def test_the_first_marker_wins_and_an_answer_keeps_its_own_bold() -> None:
@@ -305,7 +319,7 @@ def test_a_grammar_knows_one_marker_as_vllms_budget_does() -> None:
     from qvq_serve.hooks.request import behind_reasoning
 
     tag = Grammar.from_structural_tag(behind_reasoning(StructuredOutputsParams(json=SCHEMA)).structural_tag)
-    accepted = {marker: _is_grammar_accept_string(tag, f'So, 最终.\n\n{marker}\n{{"total": 1}}')
+    accepted = {marker: _is_grammar_accept_string(tag, f'So, 最终.\n\n{marker}**\n\n{{"total": 1}}')
                 for marker in ("**Final Answer", "**Final answer", "### Final Answer", "最终答案：")}  # fmt: skip
     assert [marker for marker, good in accepted.items() if good] == ["**Final Answer"]
 

@@ -14,6 +14,7 @@ from qvq_serve.hooks.answer import boxed_answer, boxes, conclusion, plain
         (r"\boxed{\text{(A)}}", "(A)"),
         (r"\boxed{12\ \text{cm}^2}", "12 cm^2"),
         (r"\boxed{\$1{,}200}", "$1,200"),
+        (r"\boxed{100\$}", "100$"),
         (r"\boxed{50\%}", "50%"),
         (r"\boxed{\text{a \textbf{bold} word}}", "a bold word"),
         (r"either \boxed{3} or \boxed{5}", "3, 5"),
