@@ -119,7 +119,7 @@ MANY_PROPERTIES = {"properties": {f"p{at}": {} for at in range(1200)}, "minPrope
         ),
         ({"structured_outputs": {"json": {"patternProperties": {"(a|b|c){5000}": {}}}}}, "its patterns repeat 65000"),
         ({"structured_outputs": {"json": MANY_PROPERTIES}}, "it counts 240000 properties by minProperties"),
-        ({"structured_outputs": {"json": nested(100)}}, "the grammar cannot be used: The JSON schema is nested too deeply"),
+        ({"structured_outputs": {"json": nested(100)}}, "The JSON schema is nested too deeply"),
         ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
         ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
         ({"thinking_token_budget": 2**70}, "thinking_token_budget"),
