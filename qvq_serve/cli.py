@@ -399,7 +399,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if arguments.gpu:
         card, size = memory.card_memory(arguments.gpu)
     elif gpus:
-        card, size = memory.card_of(gpus[0])
+        card, size = memory.card_of(min(gpus, key=lambda gpu: gpu.memory_bytes))
     else:
         raise UsageError("no NVIDIA GPU is visible on this machine; --gpu h200 plans for one.")
     num_gpus = arguments.num_gpus or (workers(profile) if arguments.gpu else len(gpus))
@@ -429,10 +429,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def print_values(resolved: "Resolved", gpu: str | None) -> int:
-    """`plan --values`: for the GPUs of --gpu, or those that the profile was made for. Raises UsageError without any."""
-    from qvq_serve import kubernetes
-    from qvq_serve.model import DEMO
-    from qvq_serve.preflight import check_usage
+    """`plan --values`: for the GPUs of --gpu, or those that the profile was made for.
+
+    Raises UsageError without any, and DoesNotFit.
+    """
+    from qvq_serve import kubernetes, memory
+    from qvq_serve.model import DEMO, ModelGeometry
+    from qvq_serve.preflight import check_memory, check_usage
+    from qvq_serve.profile import workers
 
     if not gpu and not resolved.hardware.gpus and resolved.profile.model != DEMO:
         raise UsageError(
@@ -440,6 +444,10 @@ def print_values(resolved: "Resolved", gpu: str | None) -> int:
             "for example."
         )
     check_usage(resolved)
+    profile = resolved.profile
+    if profile.model != DEMO:
+        card, size = memory.card_memory(gpu or str(resolved.hardware.gpu_gib))
+        check_memory(memory.plan(profile, ModelGeometry.load(profile.model), card, size, workers(profile)))
     print(kubernetes.as_values(kubernetes.figures(resolved, gpu)))
     return 0
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from qvq_serve.errors import UsageError, nearest
@@ -123,12 +124,12 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         text = given.get(name)
         if text is None:
             return default
-        found = re.fullmatch(rf"(\d+)([{suffixes}]?)" if suffixes else r"(\d+)()", text)
-        if not found or not int(found[1]):
+        found = re.fullmatch(rf"(\d+(?:\.\d+(?=[a-z]))?)([{suffixes}]?)" if suffixes else r"(\d+)()", text)
+        thousand = 1024 if found and found[2].isupper() else 1000
+        power = "kmgt".index(found[2].lower()) + 1 if found and found[2] else 0
+        if not found or not (value := int(Fraction(found[1]) * thousand**power)):
             raise UsageError(f"{name} {text}: it must be a whole number from 1 up.")
-        thousand = 1024 if found[2].isupper() else 1000
-        power = "kmgt".index(found[2].lower()) + 1 if found[2] else 0
-        return int(found[1]) * int(thousand**power)
+        return value
 
     tokens, seqs = (
         (2048, 256) if memory_gib < 70 or "a100" in card else (8192, 1024) if memory_gib < 160 else (16384, 1024)

@@ -207,6 +207,8 @@ def plan_of(options: argparse.Namespace) -> Any:
             raise UsageError(f"--{name.replace('_', '-')} {value:g}: must be more than 0, and finite.")
     if options.requests is None and options.seconds is None:
         raise UsageError("how long a step is: give --requests N or --seconds S.")
+    if options.seconds is not None and options.sample_every > options.seconds / 2:
+        raise UsageError(f"--sample-every {options.sample_every:g}: at most half of --seconds, or nothing is sampled.")
     if options.no_drain and options.seconds is None:
         raise UsageError("--no-drain: needs --seconds, the end at which to cut off.")
     if not 0 <= options.warmup < math.inf or (options.warmup and options.seconds is None):

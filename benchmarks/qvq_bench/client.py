@@ -172,7 +172,9 @@ async def ask(send: Send, body: dict[str, Any], row: Row) -> None:
                     read(row, json.loads(data), clock)
         if row.outcome == UNFINISHED:
             row.outcome = "ok" if row.finish and row.output_tokens is not None else "incomplete"
-            if row.outcome == "incomplete":
+            if row.finish in ("abort", "error") or row.ended == "timeout":  # as vLLM writes at its end, with usage
+                row.outcome, row.message = "incomplete", f"the server ended it: {row.ended or row.finish}"
+            elif row.outcome == "incomplete":
                 row.message = "the stream ended without " + ("usage" if row.finish else "a finish reason")
     except OSError as error:
         # A stream that had begun was cut; one that had not never got through.

@@ -201,15 +201,19 @@ async def measure_lag(made: Measured, began: float, period: float) -> None:
 
 
 async def sample(made: Measured, watch: Watch, began: float, period: float) -> None:
-    """Samples of the server's state, at even times; those that fail are counted."""
+    """Samples of the server's state, at even times; those that fail, or whose time passed meanwhile, are counted."""
     clock = asyncio.get_running_loop().time
-    for number in itertools.count():
+    number = 0
+    while True:
         await asyncio.sleep(began + number * period - clock())
         at = clock() - began
         try:
             made.samples.append({"at": at, **await watch()})
-        except ConnectionError:
+        except (ConnectionError, ValueError, KeyError):  # the last two: a page that is none of metrics
             made.missed += 1
+        following = max(number + 1, math.ceil((clock() - began) / period))
+        made.missed += following - number - 1
+        number = following
 
 
 async def tell(made: Measured, progress: Callable[[Measured, int], None]) -> None:

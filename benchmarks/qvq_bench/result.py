@@ -120,6 +120,8 @@ def check_writable(path: Path) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """The file beside a result that is written first. Raises UsageError where the system refuses."""
+    if not path.name:
+        raise UsageError(f"{path}: the result needs a file's name.")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,11 +28,11 @@ STOP_TIMEOUT_S = 60.0
 @asynccontextmanager
 async def serving(arguments: str, port: int, log: Path, timeout: float) -> AsyncIterator[str]:
     """A `qvq-serve` with these arguments, once it is ready; its URL. Raises StartError where it does not come up."""
-    ours, separator, vllm = arguments.partition(" -- ")
+    words = shlex.split(arguments)
+    ours = words.index("--") if "--" in words else len(words)
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         raise UsageError(f"--port {port}: something listens there already; stop it, or choose another.")
-    command = [sys.executable, "-m", "qvq_serve", *shlex.split(ours), "--port", str(port)]
-    command += ["--", *shlex.split(vllm)] if separator else []
+    command = [sys.executable, "-m", "qvq_serve", *words[:ours], "--port", str(port), *words[ours:]]
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -85,13 +85,18 @@ async def serve_and_sweep(options: argparse.Namespace, workload: Workload, plan:
             shlex.split(arguments)
         except ValueError as error:
             raise UsageError(f"--serve '{arguments}': {str(error).lower()}.") from None
-    code = 0
-    for arguments in options.serve:
-        path = options.out / f"{name_of(arguments)}.json"
+    code, names = 0, [name_of(arguments) for arguments in options.serve]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"--serve: two settings would have the same file, {twice}.json; give each once.")
+    made = []
+    for arguments, name in zip(options.serve, names, strict=True):
+        path = options.out / f"{name}.json"
         say(f"qvq-serve {arguments}")
         try:
             async with serving(arguments, options.port, path.with_suffix(".log"), options.start_timeout) as url:
                 target = Target(url, os.environ.get("QVQ_API_KEY"), timeout=options.timeout)  # the server has it too
+                made.append(path)
                 code = max(
                     code, await sweep_server(target, workload, plan, settings, path, options.argv, not options.quiet)
                 )
@@ -100,7 +105,6 @@ async def serve_and_sweep(options: argparse.Namespace, workload: Workload, plan:
             code = max(code, 1)
         if code > 1:  # interrupted
             break
-    made = [options.out / f"{name_of(arguments)}.json" for arguments in options.serve]
     results: list[tuple[Path, dict[str, Any]]] = [(path, result.read(path)) for path in made if path.exists()]
     if results:
         print(report.write(results, options.out / "report.html", None))

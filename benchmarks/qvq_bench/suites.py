@@ -115,7 +115,12 @@ def pictures(row: dict[str, Any], path: Path) -> list[bytes]:
 
 def listed(value: Any) -> list[str]:
     """A list, or its text as Python writes it, as texts."""
-    found = ast.literal_eval(value) if isinstance(value, str) and value.startswith("[") else value
+    found = value
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            found = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # an interval, [0, 1)
+            found = [value]
     return [str(each) for each in found] if isinstance(found, list) else [] if found in (None, "") else [str(found)]
 
 
@@ -204,3 +209,5 @@ def items(suite: str, data: Path | None, first: int, limit: int) -> Iterator[Ite
             yield item
     except KeyError as error:
         raise UsageError(f"--data {data}: a row has no {error}; --suite {suite} reads that set's own format.") from None
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f"--data {data}: a row is not of --suite {suite}'s own format: {error}.") from None

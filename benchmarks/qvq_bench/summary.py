@@ -238,7 +238,7 @@ def grown(samples: list[dict[str, Any]], name: str) -> float | None:
     """How much a counter grew from sample to sample; one that is lower than before has begun again."""
     found = [sample[name] for sample in samples if name in sample]
     steps = itertools.pairwise(found)
-    return sum(later - (earlier if later >= earlier else 0.0) for earlier, later in steps) if found else None
+    return sum(later - (earlier if later >= earlier else 0.0) for earlier, later in steps) if len(found) > 1 else None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:

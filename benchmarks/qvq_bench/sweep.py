@@ -160,8 +160,8 @@ class Capacity:
 
 def so_far(levels: list[Level], why: str) -> Capacity:
     """What is known of the capacity: the lowest load that did not hold, and the highest below it that did."""
-    measured = [level for level in levels if all(verdict.valid for verdict in level.verdicts)]
-    high = min((level.load for level in measured if not level.holds), default=None)
+    valid = [Level(level.load, [verdict for verdict in level.verdicts if verdict.valid]) for level in levels]
+    high = min((level.load for level in valid if level.verdicts and not level.holds), default=None)
     low = max((level.load for level in levels if level.holds and level.load < (high or math.inf)), default=None)
     verdicts = next((level.verdicts for level in levels if level.load == low), [])
     confidence = sum(verdict.holds for verdict in verdicts) / len(verdicts) if verdicts else None
@@ -195,17 +195,35 @@ async def find_capacity(
         while len(found.verdicts) < times or (found.close and len(found.verdicts) < repeats):
             found.verdicts.append(await measure(load, len(found.verdicts)))
             if not found.verdicts[-1].valid:
-                break
+                raise ClientLate
         return found
 
+    try:
+        return await searched(level, levels, start, highest, whole, factor, tolerance, repeats)
+    except ClientLate:
+        return so_far(list(levels.values()), "client")
+
+
+class ClientLate(Exception):
+    """The client did not keep up."""
+
+
+async def searched(
+    level: Callable[[float, int], Awaitable[Level]],
+    levels: dict[float, Level],
+    start: float,
+    highest: float,
+    whole: bool,
+    factor: float,
+    tolerance: float,
+    repeats: int,
+) -> Capacity:
+    """The search itself. Raises what `level` raises."""
     low: float | None = None
     high: float | None = None
     load = start
     while True:
-        found = await level(load, 1)
-        if not found.verdicts[-1].valid:
-            return so_far(list(levels.values()), "client")
-        if found.holds:
+        if (await level(load, 1)).holds:
             low = load
         else:
             high = load

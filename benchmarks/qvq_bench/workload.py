@@ -481,12 +481,15 @@ def own_bodies(path: Path) -> tuple[dict[str, Any], ...]:
         sound = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
         if not sound:
             raise UsageError(f"{path}: line {line}: messages must be a list of objects with role and content.")
+        most = body.get("max_tokens", 1)
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise UsageError(f"{path}: line {line}: max_tokens is {most!r}; it must be a whole number from 1 up.")
         bodies.append({key: value for key, value in body.items() if key not in ("model", "stream", "stream_options")})
     return tuple(bodies)
 
 
 def own_files(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_TYPES)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_TYPES and path.is_file())
     if not paths:
         raise UsageError(f"[images] folder {folder} has no images; it must have files of {', '.join(IMAGE_TYPES)}.")
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

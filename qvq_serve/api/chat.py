@@ -29,7 +29,7 @@ from qvq_serve.engine import launched_profile
 from qvq_serve.hooks import CONTEXT, OWN_ANSWER, Answer, Context, Part, Refuse, Stop
 from qvq_serve.hooks.chain import Chain, HookFailed
 from qvq_serve.hooks.images import bound_images
-from qvq_serve.hooks.reasoning import PARSERS, STREAMING, Parsed
+from qvq_serve.hooks.reasoning import PARSERS, PROMPT_TOKENS, STREAMING, Parsed
 from qvq_serve.hooks.request import most_tokens
 
 PATH = "/v1/chat/completions"
@@ -234,7 +234,8 @@ async def completed(context: Context, chain: Chain, answer: Answer, parsed: Pars
             raise
     count(answer, parsed)
     if parsed.act and parsed.act.why == "loop":
-        metrics.SAVED.inc(max(most_tokens(context.request, launched_profile()) - parsed.tokens, 0))
+        most = most_tokens(context.request, launched_profile(), context.state.get(PROMPT_TOKENS, 0))
+        metrics.SAVED.inc(max(most - parsed.tokens, 0))
     return answer
 
 

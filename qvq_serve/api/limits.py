@@ -1,6 +1,8 @@
 """What a request may ask for: fields by an allow-list, and bounds on what could stall or kill the engine."""
 
 import json
+import math
+import re
 from typing import Any
 
 import msgspec
@@ -42,6 +44,13 @@ MOST_LOOP_PATTERN = 128
 MOST_MESSAGES, MOST_PARTS = 512, 1024
 MOST_INT = 2**31 - 1
 """vLLM hands these to the engine as 64-bit integers; what is larger is no count of tokens."""
+MOST_UNROLLED, MOST_COUNTED = 10_000, 20_000
+"""Of a schema: characters of a pattern by how often it may repeat (of several, the root of their squares' sum);
+properties by how many must or may be there. xgrammar takes up to half a second for so much, in the loop that all
+requests share, and minutes for more."""
+REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+AS_TEXT = ("json", "structural_tag")
+"""Fields of a grammar that may be JSON or its text."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PARTS = ("text", "image_url")
 REFUSED_LATER = ("video_url", "audio_url")
@@ -61,6 +70,10 @@ def check_body(body: dict[str, Any]) -> None:
             raise ValueError(f"{name} has a number of more than 64 bits") from None
         except RecursionError:
             raise ValueError(f"{name} is nested too deeply") from None
+    for name in ("structured_outputs", "response_format"):  # vLLM compiles some as it reads the body
+        if (size := len(str(body.get(name)))) > MOST_GRAMMAR_CHARACTERS:
+            raise ValueError(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
+        check_cost(body.get(name))
     parts, messages = 0, body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         for key in (
@@ -106,9 +119,6 @@ def check(request: Any, profile: Profile) -> None:
     for name, found, most in sizes(request, profile):
         if found > most:
             raise Refuse(f"{name} is {found}; this server takes at most {most}")
-    grammar = request.structured_outputs or request.response_format
-    if grammar is not None and (size := len(grammar_text(grammar))) > MOST_GRAMMAR_CHARACTERS:
-        raise Refuse(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
     request.priority, request.session_id = 0, None
     if request.vllm_xargs and request.governor is not False:  # the governor's switches, by another name
         request.governor = request.vllm_xargs | (request.governor if isinstance(request.governor, dict) else {})
@@ -151,12 +161,42 @@ def sizes(request: Any, profile: Profile) -> list[tuple[str, int, int]]:
     ]
 
 
-def grammar_text(grammar: Any) -> str:
-    """A grammar as text, whatever its kind, to know its size."""
-    return str(grammar.model_dump() if hasattr(grammar, "model_dump") else grammar)
-
-
 def drop_uuids(messages: list[Any]) -> None:
     """An image's uuid would stand for its content in the caches that all clients share."""
     for part in content_parts(messages):
         part.pop("uuid", None)
+
+
+def check_cost(grammar: Any) -> None:
+    """Raises ValueError for a grammar, as a client may send one, that takes xgrammar long."""
+    squares, counted, rest = 0, 0, [grammar]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, list):
+            rest += part
+        elif isinstance(part, dict):
+            rest += [loads(value) if name in AS_TEXT else value for name, value in part.items()]
+            named = part.get("patternProperties")
+            patterns = [part.get("pattern"), *(named if isinstance(named, dict) else ())]
+            for pattern in (one for one in patterns if isinstance(one, str)):
+                times = [int(count or 0) for found in REPEATED.findall(pattern) for count in found]
+                squares += (max(times, default=0) * len(pattern)) ** 2
+            bounds = [part.get(name) for name in ("minProperties", "maxProperties")]
+            most = max((bound for bound in bounds if isinstance(bound, int)), default=0)
+            counted += most * len(part["properties"] if isinstance(part.get("properties"), dict) else ())
+    if (unrolled := math.isqrt(squares)) > MOST_UNROLLED:
+        raise ValueError(
+            f"the grammar's patterns repeat {unrolled} characters, above {MOST_UNROLLED}; maxLength costs nothing"
+        )
+    if counted > MOST_COUNTED:
+        raise ValueError(
+            f"the grammar counts {counted} properties by minProperties and maxProperties, above {MOST_COUNTED}"
+        )
+
+
+def loads(value: Any) -> Any:
+    """JSON that may be given as its text; None for what is none, which vLLM will say."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None

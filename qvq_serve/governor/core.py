@@ -174,7 +174,13 @@ class Governor:
         elif own:
             self.own[slot] = own
         ends = [end for phrase in text.phrases if phrase for end in all_ends(history, phrase)]
-        self.looks[slot], self.mentioned[slot] = len(ends), max(ends, default=0)
+        for phrase in text.phrases:  # one that is half written
+            if begun := next((k for k in range(len(phrase) - 1, 1, -1) if history[-k:] == list(phrase[:k])), 0):
+                self.looked[slot] = seen - begun
+                ends.append(seen - begun)
+        says = self.vocabulary.mentions[self.order.new_tensor(history)]
+        said = (says * torch.arange(1, seen + 1, device=says.device)).max()
+        self.looks[slot], self.mentioned[slot] = len(ends), said.clamp(min=max(ends, default=0))
         for token in history[-4:]:  # of the longest character
             opens, closes = self.vocabulary.opens[token], self.vocabulary.closes[token]
             self.open[slot] = torch.where(opens < 0, (self.open[slot] - closes).clamp(min=0), opens)

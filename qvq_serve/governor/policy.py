@@ -141,12 +141,13 @@ class Orders(NamedTuple):
     """Whether a look-back is written in Chinese."""
 
     def of(self, output: int) -> "Orders":
-        """With the budget of an output that may have so many tokens, where it is what these leave (LEFT)."""
-        if self.budget != LEFT:
+        """With a budget that leaves an answer its share of an output that may have so many tokens."""
+        if self.budget >= UNLIMITED or (output < KEPT_FOR_ANSWER * LEAST_KEPT and self.budget != LEFT):
             return self
         if output < KEPT_FOR_ANSWER * LEAST_KEPT:
             return self._replace(budget=UNLIMITED)
-        return self._replace(budget=output - min(self.limit, output // KEPT_FOR_ANSWER))
+        left = output - min(self.limit, output // KEPT_FOR_ANSWER)
+        return self._replace(budget=left if self.budget == LEFT else min(self.budget, left))
 
 
 XARG = "qvq_orders"

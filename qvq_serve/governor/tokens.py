@@ -121,10 +121,12 @@ def conclusion_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]
 def natural_markers(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The markers by which a model concludes by itself, as the tokenizer writes them at a line's start and in one.
 
-    It joins a colon with what follows: with line ends, or a quotation mark.
+    It joins a marker with what stands before it, as in `\\]**Final Answer`, and a colon with what follows it.
     """
-    whole = [*MARKERS, *(marker + tail for marker in COLONS for tail in ("\n", "\n\n", '"'))]
-    return tuple(dict.fromkeys(tuple(encoded(tokenizer, lead + marker)) for marker in whole for lead in ("", " ")))
+    whole = [*MARKERS, *(marker + "s" for marker in MARKERS if marker.endswith("nswer"))]
+    whole += [marker + tail for marker in COLONS for tail in ("\n", "\n\n", '"', "“", "**", "$", "\\")]
+    found = {tuple(encoded(tokenizer, lead + marker)) for marker in whole for lead in ("", *" ])*#")}
+    return tuple(sorted(one for one in found if not any(one[at:] in found for at in range(1, len(one)))))
 
 
 def marker_firsts(tokenizer: Any) -> tuple[int, ...]:

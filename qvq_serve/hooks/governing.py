@@ -70,9 +70,9 @@ class Governing(Hook):
 
 def question_scripts(request: Any) -> list[str]:
     """The scripts of what the user wrote, as the policy knows them."""
-    texts = [message["content"] for message in request.messages
-             if message.get("role") == "user" and isinstance(message.get("content"), str)]  # fmt: skip
-    texts += [part.get("text") or "" for part in content_parts(request.messages)]
+    users = [message for message in request.messages if message.get("role") == "user"]
+    texts = [message["content"] for message in users if isinstance(message.get("content"), str)]
+    texts += [part.get("text") or "" for part in content_parts(users)]
     found = [name if name in SCRIPTS else "Other" for name in scripts(" ".join(texts)) if name != "Greek"]
     return [*found, *KANA, "Han"] if set(found) & set(KANA) else found
 

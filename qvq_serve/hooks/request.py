@@ -1,7 +1,6 @@
 """What a request gets before it runs: a thinking budget, an end of loops, a grammar behind the reasoning."""
 
 import json
-import math
 import re
 from typing import Any
 
@@ -22,11 +21,6 @@ MOST_WHITESPACE = 24
 """Of JSON, in one place: enough for its indentation, and no loop of spaces."""
 BEHIND = "grammar behind the reasoning"
 """Where a request's context says that its answer is a grammar's."""
-MOST_UNROLLED, MOST_COUNTED = 10_000, 20_000
-"""Of a schema: characters of a pattern by how often it may repeat (of several, the root of their squares' sum);
-properties by how many must or may be there. xgrammar takes up to half a second for so much, in the loop that all
-requests share, and minutes for more."""
-REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
 
 class RequestDefaults(Hook):
@@ -58,8 +52,9 @@ class RequestDefaults(Hook):
         # With a grammar the budget ends a loop, so that its answer comes.
         request.structured_outputs, request.response_format = behind, None
         context.state[BEHIND] = True
-        if request.thinking_token_budget is None:
-            request.thinking_token_budget = int(most_tokens(request, self.profile) * SHARE_OF_REASONING)
+        if asked is None or asked < 0:
+            share = int(most_tokens(request, self.profile) * SHARE_OF_REASONING)
+            request.thinking_token_budget = share if most is None else min(most, share)
 
 
 def most_tokens(request: Any, profile: Profile, prompt_tokens: int = 0) -> int:
@@ -98,7 +93,6 @@ def behind_reasoning(grammar: Any) -> Any:
     schema = json.loads(grammar.json) if isinstance(grammar.json, str) else grammar.json
     if isinstance(schema, dict):
         check_json_nesting(schema)
-        check_cost(schema)
     if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
         raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
     text = {"type": "any_text", "excludes": list(MARKERS[1:])}
@@ -111,28 +105,3 @@ def behind_reasoning(grammar: Any) -> Any:
     tag = json.dumps(whole)
     Grammar.from_structural_tag(tag)  # vLLM would try another back end, and tell of that one's trouble
     return StructuredOutputsParams(structural_tag=tag)
-
-
-def check_cost(schema: Any) -> None:
-    """Raises ValueError for a JSON schema that takes xgrammar long."""
-    squares, counted, rest = 0, 0, [schema]
-    while rest:
-        part = rest.pop()
-        if isinstance(part, list):
-            rest += part
-        elif isinstance(part, dict):
-            rest += part.values()
-            named = part.get("patternProperties")
-            patterns = [part.get("pattern"), *(named if isinstance(named, dict) else ())]
-            for pattern in (one for one in patterns if isinstance(one, str)):
-                times = [int(count or 0) for found in REPEATED.findall(pattern) for count in found]
-                squares += (max(times, default=0) * len(pattern)) ** 2
-            bounds = [part.get(name) for name in ("minProperties", "maxProperties")]
-            most = max((bound for bound in bounds if isinstance(bound, int)), default=0)
-            counted += most * len(part["properties"] if isinstance(part.get("properties"), dict) else ())
-    if (unrolled := math.isqrt(squares)) > MOST_UNROLLED:
-        raise ValueError(
-            f"its patterns repeat {unrolled} characters, above {MOST_UNROLLED}; maxLength bounds a string at no cost"
-        )
-    if counted > MOST_COUNTED:
-        raise ValueError(f"it counts {counted} properties by minProperties and maxProperties, above {MOST_COUNTED}")

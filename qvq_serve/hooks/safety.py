@@ -77,10 +77,14 @@ class Guard(Hook):
         self.blocks = names(profile.guard_blocks)
         if unknown := set(self.blocks) - {"unsafe", "controversial"}:
             raise UsageError(f"--guard-blocks {', '.join(unknown)}: the verdicts are unsafe and controversial.")
+        if "unsafe" not in self.blocks:
+            raise UsageError("--guard-blocks must have unsafe in it: unsafe, or unsafe,controversial.")
         try:
             self.extra_body = json.loads(profile.guard_extra_body or "{}")
         except ValueError as error:
             raise UsageError(f"--guard-extra-body is no JSON: {error}.") from None
+        if not isinstance(self.extra_body, dict):
+            raise UsageError(f"--guard-extra-body {profile.guard_extra_body}: it must be a JSON object.")
         base_url = str(profile.guard_url).rstrip("/").removesuffix("/v1") + "/v1"
         key = profile.guard_api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=profile.guard_timeout)
@@ -152,10 +156,12 @@ class Guard(Hook):
     async def check(self, context: Context, part: str, *turns: dict[str, Any]) -> Verdict | None:
         """The verdict on the conversation and these turns where it blocks, else None.
 
-        A guard that does not answer in time blocks by --guard-failure closed.
+        A guard that does not answer in time blocks by --guard-failure closed, and what it cannot read always: else a
+        prompt longer than its context would pass.
         """
         import openai
 
+        unreadable = False
         options: dict[str, Any] = {"temperature": 0, "max_tokens": MOST_TOKENS, "extra_body": self.extra_body}
         try:
             async with asyncio.timeout(self.profile.guard_timeout):  # httpx's is of each phase
@@ -164,12 +170,18 @@ class Guard(Hook):
                 made = await self.client.chat.completions.create(model=model, messages=messages, **options)
             text = made.choices[0].message.content or ""
             found, reason = parse_verdict(text), f"said {text[:80]!r}"
-        except (openai.OpenAIError, IndexError, TimeoutError) as error:
+        except Refuse:
+            raise
+        # The last three: a 200 that is no completion, as of a proxy's page.
+        except (openai.OpenAIError, LookupError, TimeoutError, ValueError, TypeError, AttributeError) as error:
             found, reason = None, type(error).__name__
+            unreadable = isinstance(error, openai.APIStatusError) and error.status_code in (400, 413, 422)
+            if isinstance(error, openai.NotFoundError):
+                self.model = self.profile.guard_model  # another model may be there now
         if found is None:
             log.warning("the guard gave no verdict on the %s: %s", part, reason)
             metrics.GUARD.labels(part, "none").inc()
-            return None if self.profile.guard_failure == "open" else Verdict("none")
+            return None if self.profile.guard_failure == "open" and not unreadable else Verdict("none")
         metrics.GUARD.labels(part, found.verdict).inc()
         return found if found.verdict in self.blocks else None
 

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 UNIQUE = {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True}
+TAG = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": {"pattern": "(a|b|c){1,5000}"}}}
 MANY_PROPERTIES = {"properties": {f"p{at}": {} for at in range(1200)}, "minProperties": 200}
 
 
@@ -115,10 +117,12 @@ MANY_PROPERTIES = {"properties": {f"p{at}": {} for at in range(1200)}, "minPrope
         ({"structured_outputs": {"json": {"enum": []}}}, "the grammar cannot be used: enum array must not be empty"),
         (
             {"structured_outputs": {"json": {"pattern": "(a|b|c){1,5000}"}}},
-            "its patterns repeat 75000 characters, above",
+            "the grammar's patterns repeat 75000 characters",
         ),
-        ({"structured_outputs": {"json": {"patternProperties": {"(a|b|c){5000}": {}}}}}, "its patterns repeat 65000"),
-        ({"structured_outputs": {"json": MANY_PROPERTIES}}, "it counts 240000 properties by minProperties"),
+        ({"structured_outputs": {"json": {"patternProperties": {"(a|b|c){5000}": {}}}}}, "patterns repeat 65000"),
+        ({"structured_outputs": {"json": MANY_PROPERTIES}}, "the grammar counts 240000 properties"),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "patterns repeat 75000"),
+        ({"response_format": TAG}, "patterns repeat 75000"),
         ({"structured_outputs": {"json": nested(100)}}, "The JSON schema is nested too deeply"),
         ({"structured_outputs": {"json": UNIQUE}}, "does not enforce, such as uniqueItems"),
         ({"structured_outputs": {"json": {}, "disable_any_whitespace": True}}, "disable_any_whitespace has no effect"),
