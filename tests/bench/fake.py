@@ -22,7 +22,9 @@ class Plan:
     tokens: int = 1  # a chunk
     reasoning: int = 0  # chunks of it, before those of the answer
     prompt: int = 5  # tokens
-    ending: str = "stop"  # stop, length, repetition, silent (no finish reason), cut, error, refuse, busy, bad, hang
+    ending: str = (
+        "stop"  # stop, length, repetition, abort, silent (no finish reason), cut, error, refuse, busy, bad, hang
+    )
     continuous: int = 1  # usage in each chunk, where it is asked for
     qvq: str = ""  # `ended` of the qvq object
     comment: int = 1  # a keep-alive comment comes first
@@ -63,14 +65,14 @@ def events(plan: Plan, body: dict[str, Any]) -> list[tuple[float, bytes]]:
         part = "reasoning" if at < plan.reasoning else "content"
         made.append((plan.first + at * plan.gap, chunk({part: "ab " * plan.tokens}, (at + 1) * plan.tokens)))
     last = made[-1][0]
-    if plan.ending in ("stop", "length", "repetition"):
+    if plan.ending in ("stop", "length", "repetition", "abort"):
         qvq = {"qvq": {"ended": plan.qvq, "visual_tokens": 4, "reasoning_tokens": plan.reasoning * plan.tokens}}
         made.append((last, chunk({}, total, plan.ending, **(qvq if plan.qvq else {}))))
     if plan.ending == "error":
         made.append((last, event({"error": {"message": "EngineCore encountered an issue", "code": 500}})))
     if plan.ending == "late":  # a status of 200, and then no room
         made[1:] = [(plan.accept, event({"error": {"message": "no room", "code": 503}}))]
-    if plan.ending in ("stop", "length", "repetition", "silent"):
+    if plan.ending in ("stop", "length", "repetition", "abort", "silent"):
         made.append((last, event({"choices": [], "usage": usage(total)})))
         made.append((last, event(b"[DONE]")))
     return made

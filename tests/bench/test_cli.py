@@ -196,6 +196,12 @@ def test_what_a_cut_would_make_short_is_no_objective(url: str, tmp_path: Path) -
         (["sweep", "--requests", "3", "--out", "x", "--slo", "ttft=1s"], "--slo ttft=1s: unknown objective"),
         (["sweep", "--requests", "3", "--out", "x", "--repeats", "0"], "--repeats 0: must be 1 or more"),
         (["sweep", "--requests", "3", "--out", "x", "--start", "9", "--max-load", "3"], "--max-load 3: is less than"),
+        (["run", "--requests", "3", "--out", "."], ".: the result needs a file's name"),
+        (["run", "--seconds", "60", "--sample-every", "100"], "--sample-every 100: at most half of --seconds"),
+        (
+            ["serve-and-sweep", "--requests", "3", "--out", "/tmp/x", "--serve=--tp 4", "--serve=--tp=4"],
+            "two settings would have the same file, tp-4.json",
+        ),
         (["sweep", "--requests", "3", "--out", "x", "--min-headroom", "1"], "--min-headroom 1: must be 0 or more"),
         (["report", "nowhere.json"], "nowhere.json: cannot be read"),
         (["compare", "README.md", "README.md"], "README.md: is no JSON, so no result of qvq-bench"),

@@ -48,6 +48,8 @@ def test_the_qvq_object_is_kept() -> None:
     [
         ("ending=cut", "incomplete", "ConnectionResetError"),
         ("ending=silent", "incomplete", "without a finish reason"),
+        ("ending=abort", "incomplete", "the server ended it: abort"),
+        ("ending=length,qvq=timeout", "incomplete", "the server ended it: timeout"),
         ("ending=error", "error", "EngineCore encountered an issue"),
         ("ending=refuse", "refused", "no room"),
         ("ending=busy", "refused", "no room"),

@@ -117,6 +117,8 @@ def test_a_budget_is_what_the_prompt_and_the_hooks_leave_of_the_output() -> None
     assert [one.budget for one in read] == [300, 75, 8192 - 1024]
     # A caption or a class has no room for a conclusion beside an answer: "**Final" was all that was left of it.
     assert Orders(1, 1, LEFT, 1024).of(24).budget == UNLIMITED
+    # A budget of the server's that is more than the output, too.
+    assert Orders(1, 1, 6000, 1024).of(2000).budget == 1500 and Orders(1, 1, 200, 1024).of(2000).budget == 200
     assert Orders(1, 1, 50, 1024).of(20).budget == 50 and Orders().of(20).budget == UNLIMITED
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qvq_serve.governor.core import first_end
 from qvq_serve.governor.policy import STRAY, script_bits
 from qvq_serve.governor.tokens import (
     Vocabulary,
@@ -96,6 +97,17 @@ def test_a_marker_is_known_with_whatever_follows(text: str) -> None:
     """The tokenizer joins a colon with the line end behind it, and the answer was taken for reasoning."""
     ids = encoded(tokenizer(), text)
     assert any(tuple(ids[: len(marker)]) == marker for marker in natural_markers(tokenizer()))
+
+
+@pytest.mark.parametrize("text", [
+    "= 4\\]**Final Answer**", "so 4)**Final Answer**", "#### Final Answer\n", "***Final Answer***", "**Final Answers**",
+    "最终答案:**42**", "最终答案:$4$", "最终答案:\\[4", "最终答案：“42”", "#### 最终答案",
+])  # fmt: skip
+def test_a_marker_is_known_whatever_the_tokenizer_joins_it_with(text: str) -> None:
+    """The governor saw none, and wrote a second one into the answer."""
+    natural = [list(marker) for marker in natural_markers(tokenizer())]
+    assert first_end(encoded(tokenizer(), text), natural) and len(natural) < 150
+    assert not first_end(encoded(tokenizer(), "为了得到最终答案，我们先看图。 A final answer is near: 4"), natural)
 
 
 def test_headings_are_no_sign_of_a_conclusion() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +118,9 @@ def test_hooks_of_installed_packages_come_after_the_flags_by_name(
         ({"hook": "tests.unit.test_hooks:Faulty"}, "the hook Faulty cannot be made: OSError('no file')"),
         ({"without_hooks": "langage"}, "--without-hooks langage: there is no such hook"),
         ({"guard_url": "http://guard", "guard_blocks": "bad"}, "--guard-blocks bad"),
+        ({"guard_url": "http://guard", "guard_blocks": "controversial"}, "--guard-blocks must have unsafe in it"),
         ({"guard_url": "http://guard", "guard_extra_body": "{"}, "--guard-extra-body is no JSON"),
+        ({"guard_url": "http://guard", "guard_extra_body": "[1]"}, "--guard-extra-body [1]: it must be a JSON object"),
     ],
 )
 def test_a_hook_that_cannot_be_is_said_at_the_start(options: dict[str, Any], message: str) -> None:
@@ -174,6 +178,42 @@ def test_a_guard_that_sees_fetches_nothing_by_itself(url: str) -> None:
         content = [{"type": "image_url", "image_url": image}]
         with pytest.raises(Refuse, match="must come as data: URLs"):
             asyncio.run(guard.before(Context(SimpleNamespace(messages=[{"role": "user", "content": content}]))))
+
+
+@pytest.mark.parametrize(("status", "kind", "body", "passes"), [
+    (200, "text/html", "<html>Log in</html>", True), (200, "application/json", "{", True),
+    (200, "application/json", '{"error": "busy"}', True), (500, "application/json", "{}", True),
+    (400, "application/json", '{"error": {"message": "above the context length"}}', False),
+])  # fmt: skip
+def test_what_a_guard_cannot_read_does_not_pass_and_one_that_is_not_there_does_where_it_may(
+    status: int, kind: str, body: str, passes: bool
+) -> None:
+    """A prompt beyond its context went past it under --guard-failure open; a proxy's page was a 500."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    context = Context(SimpleNamespace(messages=[{"role": "user", "content": "Hi"}]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as there:
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{there.server_port}"
+        for failure in ("open", "closed"):
+            guard = Guard(Profile(guard_url=url, guard_model="g", guard_failure=failure))
+            if passes and failure == "open":
+                asyncio.run(guard.before(context))
+            else:
+                with pytest.raises(Refuse, match="the guard did not answer"):
+                    asyncio.run(guard.before(context))
+        there.shutdown()
 
 
 def test_a_guard_that_hangs_takes_one_timeout_of_its_hook(caplog: pytest.LogCaptureFixture) -> None:
