@@ -322,10 +322,10 @@ HOST = ("weights.kind=hostPath", "weights.hostPath=/srv/models")
     (MINE, {"persistentVolumeClaim": {"claimName": "mine"}}, True),
     ((*MINE, "weights.download=false"), {"persistentVolumeClaim": {"claimName": "mine"}}, False),
     (HOST, {"hostPath": {"path": "/srv/models", "type": "Directory"}}, False),
-    (("profile=demo",), None, False),
+    (("profile=demo",), {}, False),
 ])  # fmt: skip
 def test_the_server_has_its_weights_and_waits_for_them_where_a_job_brings_them(
-    values: tuple[str, ...], volume: dict[str, Any] | None, brought: bool
+    values: tuple[str, ...], volume: dict[str, Any], brought: bool
 ) -> None:
     manifests = made(*values)
     (pod,) = [m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"]
