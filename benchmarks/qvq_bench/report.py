@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter
 from qvq_bench.client import UNFINISHED
 from qvq_bench.result import unpack
 from qvq_bench.runs import load_unit, median_step, number, sentence
-from qvq_bench.summary import unsettled
+from qvq_bench.summary import known_before, unsettled
 from qvq_bench.sweep import Objective
 from qvq_serve.errors import UsageError
 from qvq_serve.gpu import GIB
@@ -116,6 +116,7 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
     if useful:
         cards.insert(1, ("useful tokens", number(useful["share"], ".0%"), "of requests that ended in an answer"))
     kind = found["workload"]["settings"]["arrivals"]["kind"]
+    known = known_before(here, found["workload"]["settings"])
     return {
         "name": name,
         "headline": sentence(capacity, kind) if capacity else f"load {here['load']:g} {unit_of(found)}",
@@ -127,7 +128,9 @@ def section(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "uses": memory_by_use(here["memory"]["by_use"]),
         "facts": facts(found),
         "invalid": [f"load {s['load']:g}: {s['client']['why']}" for s in found["steps"] if not s["client"]["valid"]],
-        "notes": [note for note in (early, unsettled(here, found["plan"]["warmup"], kind), found.get("note")) if note],
+        "notes": [
+            note for note in (early, unsettled(here, found["plan"]["warmup"], kind), known, found.get("note")) if note
+        ],
     }
 
 

@@ -118,7 +118,7 @@ async def run_once(
         say(f"  {count} x {message}")
     if note := unsettled(summary, plan.warmup, workload.arrivals["kind"]):
         say(f"qvq-bench: {note}")
-    if note := known_before(summary, workload.images["repeated"]):
+    if note := known_before(summary, workload.settings):
         say(f"qvq-bench: {note}")
     print(json.dumps(brief(summary)))
     add_step(found, out, summary, made)  # behind what is shown: a full disk shall not lose it
@@ -164,8 +164,11 @@ async def sweep_server(
     found["capacity"] = described(capacity, found["steps"], settings.objective)
     say(sentence(found["capacity"], workload.arrivals["kind"]))
     here = median_step(found["steps"], capacity.load) if capacity.load is not None else None
-    if here and (note := unsettled(here, plan.warmup, workload.arrivals["kind"])):
-        say(f"qvq-bench: {note}")
+    for note in (
+        (unsettled(here, plan.warmup, workload.arrivals["kind"]), known_before(here, workload.settings)) if here else ()
+    ):
+        if note:
+            say(f"qvq-bench: {note}")
     print(json.dumps(found["capacity"]))
     result.write(out, found)
     if capacity.why == "interrupted":

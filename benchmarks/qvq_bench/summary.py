@@ -101,15 +101,24 @@ def unsettled(step: dict[str, Any], warmup: float, kind: str) -> str | None:
 KNOWN_SHARE = 0.5
 
 
-def known_before(step: dict[str, Any], repeated: float) -> str | None:
-    """What is wrong with images that were to be new, and that the server's cache had; None where nothing is."""
-    hits = step["memory"]["image_hit_ratio"]
-    if repeated or hits is None or hits < KNOWN_SHARE:
+def known_before(step: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """What is wrong where images or prompts were to be new, and the server's caches had them; None where nothing is.
+
+    `settings` are the workload's. What is one's own, or repeats itself, no seed draws; what is preempted is read again.
+    """
+    memory, images = step["memory"], settings["images"]
+    if settings["own"] or settings["files"] or images["repeated"]:
         return None
-    return (
-        f"the server knew {hits:.0%} of the images: an earlier run sent them, as the same --seed draws the same; give "
-        "this one another --seed"
-    )
+    known = {"images": memory["image_hit_ratio"]}
+    if not settings["text"]["shared_prefix"] and not memory["preemptions"]:
+        known["prompts' tokens"] = memory["prefix_hit_ratio"]
+    for what, hits in known.items():
+        if hits is not None and hits >= KNOWN_SHARE:
+            return (
+                f"the server knew {hits:.0%} of the {what}: an earlier run sent them, as the same --seed draws the "
+                "same; give this one another --seed"
+            )
+    return None
 
 
 def under_way(rows: list[Row], at: float) -> int:

@@ -372,6 +372,11 @@ def test_figures_of_the_server_are_not_told_from_after_the_window() -> None:
 
 def test_images_that_an_earlier_run_sent_are_said_to_be_known() -> None:
     """`first-image` was measured with all of its images in the server's cache."""
-    step = {"memory": {"image_hit_ratio": 1.0}}
-    assert "the server knew 100% of the images" in (known_before(step, 0.0) or "")
-    assert known_before(step, 0.875) is None and known_before({"memory": {"image_hit_ratio": None}}, 0.0) is None
+
+    def told(name: str, images: float | None, prompts: float, preempted: float = 0.0) -> str:
+        memory = {"image_hit_ratio": images, "prefix_hit_ratio": prompts, "preemptions": preempted}
+        return known_before({"memory": memory}, load_workload(name, 0).settings) or ""
+
+    assert "the server knew 100% of the images" in told("first-image", 1.0, 0.1)
+    assert "the server knew 90% of the prompts' tokens" in told("chat-short", None, 0.9)
+    assert told("same-image", 0.9, 0.9) == told("chat-short", None, 0.1) == told("qvq-long", 0.0, 0.9, 4) == ""
