@@ -235,6 +235,22 @@ def test_a_typical_request_is_no_less_than_what_those_that_ran_held() -> None:
     assert memory["typical_request_tokens"] == near(500) and memory["headroom"]["requests"] == near(10)
 
 
+def test_metrics_that_stand_still_are_sampled_once() -> None:
+    """All times that had passed were sampled at once, so that a stall counted twenty times; an odd page ended it."""
+    asked = iter(range(1000))
+
+    async def watch() -> dict[str, Any]:
+        number = next(asked)
+        await asyncio.sleep(2.0 if number == 1 else 0.0)
+        if number == 3:
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
+        return {"running": number}
+
+    made = measured(Load(1, requests=1), "first=1.0,gap=0.5,chunks=6", watch)
+    at = [round(sample["at"], 3) for sample in made.samples]
+    assert at.count(2.5) == 1 and made.missed == 4
+
+
 def test_another_jobs_card_is_not_the_servers_fullest() -> None:
     cards = {"0": {"total": 100, "used": 60}, "1": {"total": 100, "used": 99}}
 

@@ -46,6 +46,16 @@ def found(server: dict[str, Any], highest: float = 512, start: float = 8) -> tup
     return run(find_capacity(measure, start, highest, whole=True)), asked
 
 
+def test_a_client_that_is_late_in_a_repeat_brackets_nothing() -> None:
+    """The load above it failed as well, and was taken for the lowest that does."""
+
+    async def measure(load: float, repeat: int) -> Verdict:
+        return Verdict(load <= 16, 2.0 if load <= 16 else 0.5, [], valid=(load, repeat) != (17, 1))
+
+    capacity = run(find_capacity(measure, 16, 64, whole=True))
+    assert (capacity.load, capacity.next_load, capacity.why) == (16, 17, "client")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_true_capacity_is_found_within_5_percent(shape: str) -> None:
     server, true = SHAPES[shape]

@@ -323,6 +323,13 @@ def test_a_model_that_is_unsure_long_after_it_looked_is_told_to_look_again(chine
     (tokens,), _ = drive([unsure], 400, **asked | {"look_entropy": 100})
     assert phrase[0] not in tokens
 
+    governor, written = governing(1), [cut := list(drive([unsure], 400, **asked)[0][0][: at[0] + 2])]
+    governor.begin([0], [LOOP._replace(**asked)], [cut])  # preempted within a look-back
+    while len(written[0]) < 400:
+        advance(governor, [0], written, [unsure])
+    again = [i for i in range(400) if tuple(written[0][i : i + len(phrase)]) == phrase]
+    assert len(again) == 2 and again[0] == at[0] and again[1] - again[0] >= 50
+
     def mentions(history: list[int]) -> int:
         return IMAGE if len(history) % 20 == 3 else unsure(history)
 
