@@ -75,12 +75,12 @@ def check_body(body: dict[str, Any]) -> None:
             raise ValueError(f"the grammar has {size} characters; this server takes at most {MOST_GRAMMAR_CHARACTERS}")
         check_cost(body.get(name))
     parts, messages = 0, body.get("messages")
-    for number, message in enumerate(messages if isinstance(messages, list) else ()):
-        for key in (
-            [key for key in message if message[key] is None and key != "content"] if isinstance(message, dict) else ()
-        ):
+    if "messages" in body and not (isinstance(messages, list) and all(isinstance(one, dict) for one in messages)):
+        raise ValueError('messages must be a list of objects, for example [{"role": "user", "content": "Hi"}]')
+    for number, message in enumerate(messages or ()):
+        for key in [key for key in message if message[key] is None and key != "content"]:
             del message[key]  # as clients send what they do not set
-        content = message.get("content") if isinstance(message, dict) else None
+        content = message.get("content")
         if not isinstance(content, list):
             continue
         parts += len(content)
@@ -94,6 +94,8 @@ def check_body(body: dict[str, Any]) -> None:
                     f"messages[{number}] has a part of type {kind!r}; it must be one of {', '.join(PARTS)}"
                 )
             part["type"] = kind  # pydantic would not tell a part by its keys
+            if kind == "image_url" and not isinstance(part.get("image_url"), dict | str | None):
+                raise ValueError(f"messages[{number}] has a part of type 'image_url' whose image_url is no object")
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f"messages[{number}] has a part of type 'text' whose text is no string")
 

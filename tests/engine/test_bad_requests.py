@@ -142,6 +142,28 @@ def test_what_was_a_500_or_went_past_the_guard_is_a_400(server: Server, body: di
 
 
 @pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            {"temperature": "hot"},
+            "temperature: Input should be a valid number, unable to parse string as a number",
+        ),
+        ({"min_visual_tokens": 0}, "min_visual_tokens: Input should be greater than or equal to 1 (it is 0)"),
+        ({"messages": None}, "messages must be a list of objects"),
+        ({"messages": [5]}, 'messages must be a list of objects, for example [{"role": "user", "content": "Hi"}]'),
+        ({"messages": [{"content": "Hi"}]}, "messages.0.role: Field required"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string"),
+        ({"structured_outputs": "x"}, 'structured_outputs must be an object, for example {"choice": ["yes", "no"]}'),
+    ],
+)
+def test_an_invalid_field_is_told_in_words(server: Server, body: dict[str, Any], message: str) -> None:
+    """Not as pydantic's own structures, all branches of a union among them."""
+    told = server.chat(user("Hi"), **body).json()["error"]
+    assert told["message"].startswith(message) and len(told["message"]) < 200
+    assert (told["code"], told["type"]) == (400, "BadRequestError")
+
+
+@pytest.mark.parametrize(
     ("bounds", "message"),
     [
         ({"max_visual_tokens": 1_281}, "max_visual_tokens is 1281; this server takes 256 to 1280"),

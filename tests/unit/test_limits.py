@@ -27,6 +27,12 @@ def deep(levels: int) -> list[Any]:
         (body({"type": "text", "text": 5}), "messages[0] has a part of type 'text' whose text is no string"),
         (body({"type": "text"}), "whose text is no string"),
         (body("text"), "messages[0] has a part of type None; it must be one of text, image_url"),
+        (
+            body({"type": "image_url", "image_url": 5}),
+            "messages[0] has a part of type 'image_url' whose image_url is no",
+        ),
+        ({"messages": "no list"}, "messages must be a list of objects"),
+        ({"messages": None}, "messages must be a list of objects"),
         (body({"type": "refusal", "refusal": "past the guard"}), "has a part of type 'refusal'"),
         (body({"type": "input_text", "text": "past the guard"}), "has a part of type 'input_text'"),
         (body(*[{"type": "text", "text": "a"}] * 1025), "more than 1024 parts"),
@@ -46,7 +52,7 @@ def test_what_no_client_may_send_is_named(sent: dict[str, Any], message: str) ->
 
 def test_ordinary_bodies_pass() -> None:
     image = {"type": "image_url", "image_url": {"url": "x"}}
-    for sent in (body({"type": "text", "text": "a"}, image), body({"text": "a"}), {"messages": "no list"}, {}):
+    for sent in (body({"type": "text", "text": "a"}, image), body({"text": "a"}), {}):
         check_body(sent)
     unset = {"messages": [{"role": "user", "content": None, "name": None}]}
     check_body(unset)
