@@ -178,8 +178,8 @@ NO_FILE = "is no readable image below the server's --allowed-image-dir"
 """More would name the server's directories, or tell what else is there."""
 MOST_SCANS = 64
 """Of a JPEG; cameras and programs write ten or so. Each is decoded over the whole image, in a thread that all share."""
-MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-"""Of a JPEG's segment. In a scan's data FF 00 is a byte, and FF D0 to D7 begin it anew."""
+MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
+"""Of a JPEG's segment. FF 00 is a byte of a scan, FF D0 to D7 begin it anew, and FF 01 is nothing, with no length."""
 END, SCAN, START = b"\xd9", b"\xda", b"\xd8"
 MOST_SEGMENTS = 10_000
 Image.init()

@@ -100,6 +100,15 @@ def test_a_film_behind_a_photo_counts_no_scans(server: Server) -> None:
     assert server.chat(user(moving, "What?"), max_tokens=1).status_code == 200
 
 
+def test_scans_cannot_be_hidden_from_the_count() -> None:
+    from qvq_serve.hooks.images import scans_of
+
+    many = b"\xff\xda\x00\x02" * 100
+    assert scans_of(b"\xff\xd8" + many + b"\xff\xd9" + many) == 100
+    assert scans_of(b"\xff\xd8\xff\x01\x7f\xff" + many + b"\xff\xd9") == 100  # read as a length, it would skip them
+    assert scans_of(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 20_000 + many) > 64
+
+
 def nested(depth: int) -> dict[str, Any]:
     return {"items": nested(depth - 1)} if depth else {}
 
