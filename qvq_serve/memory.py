@@ -125,9 +125,10 @@ def engine_limits(profile: Profile, card: str, memory_gib: float) -> EngineLimit
         if text is None:
             return default
         found = re.fullmatch(rf"(\d+(?:\.\d+(?=[a-z]))?)([{suffixes}]?)" if suffixes else r"(\d+)()", text)
-        thousand = 1024 if found and found[2].isupper() else 1000
-        power = "kmgt".index(found[2].lower()) + 1 if found and found[2] else 0
-        if not found or not (value := int(Fraction(found[1]) * thousand**power)):
+        digits, suffix = found.groups() if found else ("0", "")
+        thousand = 1024 if suffix.isupper() else 1000
+        power = "kmgt".index(suffix.lower()) + 1 if suffix else 0
+        if not (value := int(Fraction(digits) * thousand**power)):
             raise UsageError(f"{name} {text}: it must be a whole number from 1 up.")
         return value
 

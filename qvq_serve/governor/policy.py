@@ -142,12 +142,10 @@ class Orders(NamedTuple):
 
     def of(self, output: int) -> "Orders":
         """With a budget that leaves an answer its share of an output that may have so many tokens."""
-        if self.budget >= UNLIMITED or (output < KEPT_FOR_ANSWER * LEAST_KEPT and self.budget != LEFT):
-            return self
-        if output < KEPT_FOR_ANSWER * LEAST_KEPT:
-            return self._replace(budget=UNLIMITED)
-        left = output - min(self.limit, output // KEPT_FOR_ANSWER)
-        return self._replace(budget=left if self.budget == LEFT else min(self.budget, left))
+        given = UNLIMITED if self.budget == LEFT else self.budget
+        if self.budget >= UNLIMITED or output < KEPT_FOR_ANSWER * LEAST_KEPT:
+            return self._replace(budget=given)
+        return self._replace(budget=min(given, output - min(self.limit, output // KEPT_FOR_ANSWER)))
 
 
 XARG = "qvq_orders"

@@ -93,8 +93,8 @@ def behind_reasoning(grammar: Any) -> Any:
     schema = json.loads(grammar.json) if isinstance(grammar.json, str) else grammar.json
     if isinstance(schema, dict):
         check_json_nesting(schema)
-    if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
-        raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
+        if has_xgrammar_unsupported_json_features(schema):
+            raise ValueError("its JSON schema asks for what xgrammar does not enforce, such as uniqueItems or contains")
     text = {"type": "any_text", "excludes": list(MARKERS[1:])}
     reasoning = {"type": "tag", "begin": "", "content": text, "end": MARKERS[0]}
     lead = {"type": "const_string", "value": GRAMMARS_LEAD}
